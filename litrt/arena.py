@@ -1,0 +1,108 @@
+"""One buffer, allocated once, that holds every weight byte litrt holds: the budget.
+
+The arena hands out blocks, at a planned offset or in the first hole that fits. It knows nothing of weights. Not
+thread-safe: the pipeline calls it under its lock.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+
+from litrt.device import Bytes, Device
+from litrt.layout import align_up
+
+POISON = 0xFF
+"""What a poisoned byte is: all ones is a NaN in every floating dtype."""
+
+
+@dataclass(eq=False, slots=True)
+class Block:
+    """A range of the arena in use: `size_bytes` from `offset`, `nbytes` of them values."""
+
+    offset: int
+    size_bytes: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        """Offset of the first byte after the block."""
+        return self.offset + self.size_bytes
+
+
+class Arena:
+    """Blocks in one buffer.
+
+    Args:
+        device: Whose memory it is.
+        capacity_bytes: Address space; the limit can be raised up to it.
+        limit_bytes: No block reaches beyond this offset.
+        poison: Fill what is released with NaN bytes, so that a stale read cannot pass unseen. For tests.
+    """
+
+    def __init__(self, device: Device, capacity_bytes: int, limit_bytes: int, *, poison: bool = False) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self._poison = poison
+        self._memory: Bytes | None = device.allocate(max(capacity_bytes, 1))
+        self._blocks: list[Block] = []  # sorted by offset, disjoint
+        self._offsets: list[int] = []
+
+    @property
+    def end(self) -> int:
+        """Offset after the last block."""
+        return self._blocks[-1].end if self._blocks else 0
+
+    def memory(self, block: Block) -> Bytes:
+        """Returns a fresh view of the values of `block`."""
+        assert self._memory is not None, "the arena was dropped"
+        return self._memory[block.offset : block.offset + block.nbytes]
+
+    def place(self, nbytes: int, size_bytes: int, align_bytes: int) -> Block | None:
+        """Returns a block in the first hole that fits, or None."""
+        offset = 0
+        for block in self._blocks:
+            if offset + size_bytes <= block.offset:
+                break
+            offset = max(offset, align_up(block.end, align_bytes))
+        if offset + size_bytes > self.limit_bytes:
+            return None
+        return self._add(Block(offset, size_bytes, nbytes))
+
+    def place_at(self, offset: int, nbytes: int, size_bytes: int) -> Block | None:
+        """Returns a block at `offset`, or None where other blocks are in its way."""
+        if self.in_the_way(offset, size_bytes) or offset + size_bytes > self.limit_bytes:
+            return None
+        return self._add(Block(offset, size_bytes, nbytes))
+
+    def in_the_way(self, offset: int, size_bytes: int) -> list[Block]:
+        """Returns the blocks that overlap a range."""
+        first = max(bisect_right(self._offsets, offset) - 1, 0)
+        found = []
+        for block in self._blocks[first:]:
+            if block.offset >= offset + size_bytes:
+                break
+            if block.end > offset:
+                found.append(block)
+        return found
+
+    def free(self, block: Block) -> None:
+        """Gives the range of `block` back."""
+        if self._poison and self._memory is not None:
+            self._memory[block.offset : block.end] = POISON
+        index = bisect_left(self._offsets, block.offset)
+        assert self._blocks[index] is block, "a block is freed once"
+        del self._blocks[index], self._offsets[index]
+        self.held_bytes -= block.nbytes
+
+    def drop(self) -> None:
+        """Lets the buffer go; its memory is given back when the last tensor over it is gone."""
+        self._memory = None
+
+    def _add(self, block: Block) -> Block:
+        index = bisect_left(self._offsets, block.offset)
+        self._blocks.insert(index, block)
+        self._offsets.insert(index, block.offset)
+        self.held_bytes += block.nbytes
+        return block

@@ -1,0 +1,104 @@
+"""Modules of torch that choose a fused kernel by looking at their parameters.
+
+`nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and `nn.TransformerEncoder` take their fast path only if no
+parameter overrides `__torch_function__` and no hook is registered. So that they choose as the plain model does, their
+`forward` is wrapped: while it runs, their own parameters are plain tensors. The fused kernel needs all of them at once
+anyway.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from litrt.pipeline import Binding
+from litrt.placeholder import Placeholder, Source, view_of
+
+_FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def wrap_fused(module: nn.Module) -> Callable[[], None]:
+    """Wraps the fused modules of `module`; returns what takes the wrappers off again."""
+    wrapped: list[nn.Module] = []
+    for child in module.modules():
+        if "forward" in vars(child):
+            continue  # somebody else's wrapper
+        if isinstance(child, _FUSED):
+            _wrap(child, [child])
+        elif isinstance(child, nn.TransformerEncoder) and len(child.layers):
+            # It looks at its first layer, and that only before the first layer runs.
+            _wrap(child, [child.layers[0]])
+        else:
+            continue
+        wrapped.append(child)
+
+    def unwrap() -> None:
+        for child in wrapped:
+            vars(child).pop("forward", None)
+
+    return unwrap
+
+
+def _wrap(module: nn.Module, looked_at: list[nn.Module]) -> None:
+    forward = module.forward
+    early = [] if looked_at == [module] else looked_at
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with _plain_parameters(looked_at) as release:
+            for layer in early:
+                # Give the layer's weights back when it has run, not when the whole stack has.
+                vars(layer)["_litrt_after"] = release
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                for layer in early:
+                    vars(layer).pop("_litrt_after", None)
+                after = vars(module).pop("_litrt_after", None)
+                if after is not None:
+                    after()
+
+    vars(module)["forward"] = wrapped
+
+
+@contextmanager
+def _plain_parameters(modules: list[nn.Module]) -> Iterator[Callable[[], None]]:
+    """Puts plain tensors in the place of the placeholders of `modules` and their children, for a while."""
+    spots = [
+        (child._parameters, name, tensor)
+        for module in modules
+        for child in module.modules()
+        for name, tensor in child._parameters.items()
+        if isinstance(tensor, Placeholder)
+    ]
+    wanted: dict[int, tuple[Source, dict[int, None]]] = {}
+    for _, _, placeholder in spots:
+        source = placeholder._litrt_source
+        wanted.setdefault(id(source), (source, {}))[1][placeholder._litrt_index] = None
+    held: list[tuple[Source, Binding]] = []
+    put: list[tuple[dict[str, Any], str, Placeholder]] = []
+
+    def release() -> None:
+        while put:
+            parameters, name, placeholder = put.pop()
+            parameters[name] = placeholder
+        while held:
+            source, binding = held.pop()
+            source.release(binding)
+
+    try:
+        for source, indices in wanted.values():
+            held.append((source, source.acquire(tuple(indices))))
+        for parameters, name, placeholder in spots:
+            binding = next(b for s, b in held if s is placeholder._litrt_source)
+            real = binding.tensors[binding.indices.index(placeholder._litrt_index)]
+            parameters[name] = view_of(placeholder, real)  # type: ignore[assignment]
+            put.append((parameters, name, placeholder))
+            del real
+        yield release
+    finally:
+        release()

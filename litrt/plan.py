@@ -1,0 +1,248 @@
+"""The plan: who stays for good, what streams in every pass, when, and to which address.
+
+Passes repeat, and on a cycle no replacement policy beats a fixed resident set and one window through which the rest
+streams (Belady's rule, which evicts what is needed last, evicts exactly what was just used). So the plan is static.
+Choosing among indivisible sizes is NP-hard: a plan reports its distance from the bound and claims no optimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from litrt.bound import groups, min_pass_s, min_streamed_bytes
+from litrt.layout import Item, align_up, place
+from litrt.policy import lru_streamed_bytes
+from litrt.residency import choose_streamed
+from litrt.schedule import Load, Schedule, Step, make_schedule, pass_s, streamed_steps
+from litrt.trace import Segment, Trace, Use
+from litrt.units import format_bytes
+
+Policy = Literal["belady", "lru"]
+
+_SHRINK = (1.0, 0.98, 0.95, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.6, 0.5)
+"""Shares of the window that loads are scheduled in, tried in turn until addresses are found for them in all of it."""
+
+_SLACK = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05)
+"""Shares of the budget that are left out when choosing what stays: room for gaps between addresses in the window."""
+
+_NEAR = 1.01
+"""A plan with addresses this near to the same plan without them is good enough to stop searching."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a runtime does in every pass. `print(plan)` tells it.
+
+    Attributes:
+        policy: "belady" for a fixed resident set and planned prefetch, "lru" for loads on demand.
+        budget_bytes: Arena bytes that the plan may fill.
+        segments: Every segment of the store.
+        resident: Segment that stays, to its offset in the arena.
+        window_offset: Where the window begins, through which the rest streams.
+        steps: The uses that need something streamed, in order.
+        loads: The fetches of one pass, in order of need.
+        streamed_bytes: Bytes of weights that a steady pass reads.
+        compute_s: Seconds of a pass that never waits.
+        pass_s: Predicted seconds of a steady pass.
+        bound_s: Seconds that no schedule can beat.
+        bound_bytes: Bytes per pass that no schedule can beat.
+        bandwidth_bps: Bytes per second of the store, measured in warm-up.
+    """
+
+    policy: Policy
+    budget_bytes: int
+    segments: tuple[Segment, ...] = field(repr=False)
+    resident: dict[int, int] = field(repr=False)
+    window_offset: int
+    steps: tuple[Step, ...] = field(repr=False)
+    loads: tuple[Load, ...] = field(repr=False)
+    streamed_bytes: int
+    compute_s: float
+    pass_s: float
+    bound_s: float
+    bound_bytes: int
+    bandwidth_bps: float
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the weights that stay."""
+        return sum(self.segments[index].nbytes for index in self.resident)
+
+    @property
+    def window_bytes(self) -> int:
+        """Arena bytes through which the rest streams."""
+        return self.budget_bytes - self.window_offset
+
+    @property
+    def transfer_s(self) -> float:
+        """Seconds in which the store delivers what a pass streams."""
+        return self.streamed_bytes / self.bandwidth_bps
+
+    @property
+    def bottleneck(self) -> str:
+        """What a steady pass waits for: "compute" or "transfer"."""
+        return "transfer" if self.transfer_s > self.compute_s else "compute"
+
+    def __str__(self) -> str:
+        total_bytes = sum(segment.nbytes for segment in self.segments)
+        streamed = tuple(dict.fromkeys(load.segment for load in self.loads))
+        if self.policy == "lru":
+            how = "loaded on demand, the least recently used evicted"
+        else:
+            names = _names(self.segments, streamed)
+            how = f"{names}, through a window of {format_bytes(self.window_bytes)}" if streamed else names
+        return "\n".join(
+            [
+                f"plan ({self.policy}): {format_bytes(total_bytes)} of weights, "
+                f"{format_bytes(self.budget_bytes)} of memory for them",
+                f"  resident {format_bytes(self.resident_bytes):>10}            {_names(self.segments, self.resident)}",
+                f"  streamed {format_bytes(self.streamed_bytes):>10} per pass   {how}",
+                f"  pass     {self.pass_s:>8.3f} s   predicted; bound by {self.bottleneck}: {self.compute_s:.3f} s "
+                f"of compute, {self.transfer_s:.3f} s of transfer at {self.bandwidth_bps / 1e9:.2f} GB/s",
+                f"  bound    {self.bound_s:>8.3f} s   and {format_bytes(self.bound_bytes)} per pass: "
+                "no schedule is faster or moves less",
+            ]
+        )
+
+
+def make_plan(trace: Trace, budget_bytes: int, *, policy: Policy = "belady", seed: int = 0) -> Plan:
+    """Returns the plan for `trace` in `budget_bytes` of arena.
+
+    Args:
+        trace: What a pass does.
+        budget_bytes: Arena bytes; at least `trace.largest_use_bytes`.
+        policy: "belady" plans residents and prefetch; "lru" loads on demand.
+        seed: Of the local search, so that equal traces give equal plans.
+
+    Raises:
+        ValueError: If `budget_bytes` cannot hold the largest use.
+    """
+    if budget_bytes < trace.largest_use_bytes:
+        raise ValueError(f"budget_bytes {budget_bytes} is below largest_use_bytes {trace.largest_use_bytes}")
+    sizes, compute_s = groups(trace)
+    plan = Plan(
+        policy=policy,
+        budget_bytes=budget_bytes,
+        segments=trace.segments,
+        resident={},
+        window_offset=0,
+        steps=(),
+        loads=(),
+        streamed_bytes=0,
+        compute_s=trace.compute_s,
+        pass_s=trace.compute_s,
+        bound_s=min_pass_s(sizes, compute_s, budget_bytes, trace.bandwidth_bps) if len(sizes) else 0.0,
+        bound_bytes=int(min_streamed_bytes(sizes, budget_bytes)) if len(sizes) else 0,
+        bandwidth_bps=trace.bandwidth_bps,
+    )
+    if policy == "lru":
+        streamed_bytes = lru_streamed_bytes(trace, budget_bytes)
+        steps, _ = streamed_steps(trace, frozenset(trace.used))
+        # Nothing is fetched ahead, so transfer and compute add up.
+        seconds = trace.compute_s + streamed_bytes / trace.bandwidth_bps
+        return replace(plan, steps=tuple(steps), streamed_bytes=streamed_bytes, pass_s=seconds)
+
+    best: Plan | None = None
+    goal_s = 0.0
+    for slack in _SLACK:
+        room_bytes = int(budget_bytes * (1 - slack))
+        if best is not None and room_bytes < trace.largest_use_bytes:
+            break
+        streamed, schedule = choose_streamed(trace, room_bytes, seed)
+        candidate = _with_loads(_with_residents(plan, trace, streamed), trace, streamed, schedule)
+        if best is None:
+            goal_s = pass_s(trace, schedule) * _NEAR if schedule is not None else float("inf")
+        if best is None or candidate.pass_s < best.pass_s:
+            best = candidate
+        if best.pass_s <= goal_s:
+            break
+    assert best is not None
+    return best
+
+
+def replan(plan: Plan, uses: Sequence[Use]) -> Plan:
+    """Returns `plan` for other uses of what streams, for passes that do not do what the warm-up did.
+
+    What stays keeps its place; what streams is scheduled anew. `uses` name no resident segment.
+    """
+    trace = Trace(plan.segments, tuple(uses), plan.bandwidth_bps)
+    plan = replace(plan, compute_s=trace.compute_s)
+    return _with_loads(plan, trace, frozenset(trace.used), None)
+
+
+def _with_residents(plan: Plan, trace: Trace, streamed: Set[int]) -> Plan:
+    # Unused segments stay as well where all fits: a later pass may use them.
+    everything = range(len(trace.segments))
+    fits = sum(trace.segments[index].size_bytes for index in everything) <= plan.budget_bytes
+    kept = [index for index in (everything if fits else trace.used) if index not in streamed]
+    resident, end = _pack(trace.segments, kept)
+    align_bytes = max((trace.segments[index].align_bytes for index in streamed), default=1)
+    return replace(plan, resident=resident, window_offset=min(align_up(end, align_bytes), plan.budget_bytes))
+
+
+def _with_loads(plan: Plan, trace: Trace, streamed: Set[int], schedule: Schedule | None) -> Plan:
+    """Completes `plan` with the loads of `streamed`, at addresses in its window where some can be found."""
+    placed: Schedule | None = None
+    for share in _SHRINK:
+        if share < 1 or schedule is None:
+            schedule = make_schedule(trace, streamed, int(plan.window_bytes * share))
+        if schedule is None:
+            break
+        placed = _placed(schedule, trace.segments, plan.window_offset, plan.budget_bytes)
+        if placed is not None:
+            break
+    if placed is None:
+        placed = _step_by_step(trace, streamed)
+    n_bytes = sum(trace.segments[load.segment].nbytes for load in placed.loads)
+    return replace(
+        plan, steps=placed.steps, loads=placed.loads, streamed_bytes=n_bytes, pass_s=pass_s(trace, placed)
+    )
+
+
+def _placed(schedule: Schedule, segments: Sequence[Segment], low: int, high: int) -> Schedule | None:
+    items = [
+        Item(segments[load.segment].size_bytes, segments[load.segment].align_bytes, load.after, load.last + 1)
+        for load in schedule.loads
+    ]
+    offsets = place(items, max(len(schedule.steps), 1), high - low)
+    if offsets is None:
+        return None
+    loads = tuple(replace(load, offset=low + at) for load, at in zip(schedule.loads, offsets, strict=True))
+    return replace(schedule, loads=loads)
+
+
+def _step_by_step(trace: Trace, streamed: Set[int]) -> Schedule:
+    """Returns the schedule for a window that holds one step at a time: nothing ahead, places found when loading."""
+    steps, spans = streamed_steps(trace, streamed)
+    loads = []
+    held_until: dict[int, int] = {}
+    for number, step in enumerate(steps):
+        for index in step.segments:
+            if held_until.get(index, -1) < number:
+                loads.append(Load(index, number, spans[number], number))
+                held_until[index] = spans[number]
+    n_bytes = sum(trace.segments[load.segment].size_bytes for load in loads)
+    return Schedule(tuple(steps), tuple(loads), n_bytes)
+
+
+def _pack(segments: Sequence[Segment], indices: Iterable[int]) -> tuple[dict[int, int], int]:
+    """Returns an offset for each of `indices`, side by side from 0, and where they end."""
+    offsets = {}
+    end = 0
+    for index in sorted(indices, key=lambda index: (-segments[index].align_bytes, index)):
+        end = align_up(end, segments[index].align_bytes)
+        offsets[index] = end
+        end += segments[index].size_bytes
+    return offsets, end
+
+
+def _names(segments: Sequence[Segment], indices: Iterable[int]) -> str:
+    by_size = sorted(indices, key=lambda index: -segments[index].nbytes)
+    names = [segments[index].name for index in by_size[:3]]
+    if not names:
+        return "nothing"
+    rest = f" and {len(by_size) - 3} more" if len(by_size) > 3 else ""
+    noun = "weight" if len(by_size) == 1 else "weights"
+    return f"{len(by_size)} {noun}: {', '.join(names)}{rest}"

@@ -1,0 +1,34 @@
+"""Replacement policies on a cyclic trace, for comparison with the plan."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from litrt.trace import Trace
+
+_N_PASSES = 3
+"""Passes that are simulated; the last one is steady."""
+
+
+def lru_streamed_bytes(trace: Trace, budget_bytes: int) -> int:
+    """Returns the bytes that a steady pass loads when the least recently used segment is evicted on demand.
+
+    On a cyclic trace of equal sizes that is all of them, at any budget below the whole model.
+    """
+    held: OrderedDict[int, int] = OrderedDict()
+    loaded_bytes = 0
+    for _ in range(_N_PASSES):
+        loaded_bytes = 0
+        for use in trace.uses:
+            for index in use.segments:
+                if index in held:
+                    held.move_to_end(index)
+            for index in use.segments:
+                if index in held:
+                    continue
+                size_bytes = trace.segments[index].size_bytes
+                while held and sum(held.values()) + size_bytes > budget_bytes:
+                    held.popitem(last=False)
+                held[index] = size_bytes
+                loaded_bytes += trace.segments[index].nbytes
+    return loaded_bytes

@@ -1,0 +1,353 @@
+"""Reads the bytes of weights into memory that the caller owns, and checks every one of them.
+
+Two ways, with the same results. A chunk of a local, uncompressed store is a file that holds the values and their
+crc32c: it is read straight into place, past the page cache where the file system allows that, because a budget inside
+a container counts the page cache too. Everything else is read through zarr-python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import itertools
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import google_crc32c  # the crc32c of zarr-python's codec of that name, which requires it
+import numpy as np
+import numpy.typing as npt
+import torch
+import zarr
+from zarr.buffer.cpu import NDBuffer
+
+from litrt.errors import CorruptWeightError
+from litrt.store import ALIGN_BYTES, MissingChunkError, Store, TensorInfo, array_dtype, lead_axis
+
+Bytes = npt.NDArray[np.uint8]
+
+CRC_BYTES = 4
+DIRECT_MIN_BYTES = 256 << 10
+"""Below this, a direct read costs more in latency than a buffered one does in copying."""
+
+_SCRATCH_BYTES = 2 * ALIGN_BYTES
+_ZEROS: Bytes = np.zeros(64 << 10, dtype=np.uint8)
+_O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of a tensor that one call reads: rows along its lead axis, contiguous in memory.
+
+    Attributes:
+        name: The tensor, by the name it is stored under.
+        offset: First byte in the tensor.
+        nbytes: Bytes, without padding.
+        file: The chunk file; of a store that is read through zarr-python, the key of the array.
+        index: Number of the piece in its tensor.
+    """
+
+    name: str
+    offset: int
+    nbytes: int
+    file: str
+    index: int
+
+
+class Reader:
+    """Reads pieces of the tensors of a store.
+
+    Threads: any number may call any method at the same time; the reader starts none. The only state they share is
+    what was found out about the store, which is only ever added to.
+
+    Args:
+        store: What to read.
+
+    Attributes:
+        scratch_bytes_per_task: Bytes that one call of `read` needs beside its destination, at worst in this store.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        infos = {info.name: info for info in store.values()}.values()
+        decoded = [info.chunk_bytes for info in infos if info.nbytes and not info.direct]
+        # Through zarr-python: a chunk as it is stored, at most a little larger than decoded, and decoded.
+        self.scratch_bytes_per_task = 2 * max(decoded) + len(_ZEROS) if decoded else _SCRATCH_BYTES
+        self._pieces: dict[str, tuple[Piece, ...]] = {}
+        self._arrays: dict[str, zarr.Array[zarr.core.metadata.ArrayV3Metadata]] = {}
+        self._scratch = threading.local()
+        self._direct_io = bool(_O_DIRECT)
+
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """Returns what to read of tensor `name`, in order; an empty tensor has no pieces.
+
+        Raises:
+            WeightNotFoundError: If the store has no such tensor.
+        """
+        info = self.store[name]
+        pieces = self._pieces.get(info.name)
+        if pieces is None:
+            # Two threads may both make them; they are equal, so the second changes nothing.
+            pieces = self._pieces[info.name] = tuple(_cut(info, self.store.path))
+        return pieces
+
+    def read(self, piece: Piece, dest: Bytes) -> None:
+        """Reads `piece` into its place in `dest`, and checks it.
+
+        Args:
+            piece: One of `pieces`.
+            dest: The bytes of the whole tensor, contiguous. Nothing outside the piece is written. Large pieces are
+                read fastest where they begin at a multiple of 4096 bytes in memory.
+
+        Raises:
+            CorruptWeightError: If the chunk is missing, short, unreadable or fails its checksum. What `dest` then
+                holds of the piece is undefined.
+        """
+        info = self.store[piece.name]
+        if dest.dtype != np.uint8 or dest.shape != (info.nbytes,) or not dest.flags.c_contiguous:
+            raise ValueError(
+                f"{piece.name!r} is read into {info.nbytes} contiguous bytes; got shape {dest.shape} of {dest.dtype}."
+            )
+        part = dest[piece.offset : piece.offset + piece.nbytes]
+        if not info.direct:
+            self._read_through_zarr(info, piece, part)
+            return
+        try:
+            if not self._try_direct(piece, part, info.chunk_bytes):
+                _read_buffered(piece, part, info.chunk_bytes)
+        except FileNotFoundError:
+            raise _corrupt(piece, "is missing") from None
+        except CorruptWeightError:
+            raise
+        except OSError as error:
+            raise _corrupt(piece, f"cannot be read ({error.strerror})", "Check the disk, then") from error
+
+    def read_tensor(self, name: str) -> torch.Tensor:
+        """Returns tensor `name` in memory of its own."""
+        info = self.store[name]
+        tensor = torch.empty(info.nbytes, dtype=torch.uint8)
+        for piece in self.pieces(name):
+            self.read(piece, tensor.numpy())
+        return tensor.view(info.dtype).reshape(info.shape)
+
+    def close(self) -> None:
+        """Closes what the store holds open; nothing may be reading."""
+        self._arrays.clear()
+        self.store.close()
+
+    def _try_direct(self, piece: Piece, part: Bytes, chunk_bytes: int) -> bool:
+        """Reads past the page cache; returns False where this piece or this file system does not allow that."""
+        if not self._direct_io or piece.nbytes < DIRECT_MIN_BYTES or part.ctypes.data % ALIGN_BYTES:
+            return False
+        try:
+            fd = os.open(piece.file, os.O_RDONLY | os.O_CLOEXEC | _O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._direct_io = False
+            return False
+        try:
+            _check_size(fd, piece, chunk_bytes)
+            scratch = self._scratch_memory()
+            n_whole = piece.nbytes - piece.nbytes % ALIGN_BYTES
+            # One request for the values, with the tail, the padding and the checksum in scratch where they fit.
+            if not _fill_direct(fd, [part[:n_whole], scratch], chunk_bytes + CRC_BYTES):
+                return False
+            part[n_whole:] = scratch[: piece.nbytes - n_whole]
+            crc_at = chunk_bytes - n_whole
+            if crc_at + CRC_BYTES > len(scratch):
+                block = chunk_bytes - chunk_bytes % ALIGN_BYTES
+                if not _fill_direct(fd, [scratch], chunk_bytes + CRC_BYTES, block):
+                    return False
+                crc_at = chunk_bytes - block
+            stored = int.from_bytes(scratch[crc_at : crc_at + CRC_BYTES].tobytes(), "little")
+            _verify(piece, part, chunk_bytes, stored)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Some file systems accept the flag and refuse the read: buffered, from now on.
+            self._direct_io = False
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def _scratch_memory(self) -> Bytes:
+        """Returns this thread's page-aligned scratch."""
+        scratch: Bytes | None = getattr(self._scratch, "memory", None)
+        if scratch is None:
+            scratch = np.frombuffer(mmap.mmap(-1, _SCRATCH_BYTES), dtype=np.uint8)
+            self._scratch.memory = scratch
+        return scratch
+
+    def _read_through_zarr(self, info: TensorInfo, piece: Piece, part: Bytes) -> None:
+        """Reads the chunks of a band of rows one by one, so that scratch is bounded by one chunk."""
+        stored = array_dtype(info.dtype)
+        assert stored is not None, "open_store refuses other dtypes"
+        values = part.view(np.dtype(stored))
+        try:
+            array = self._arrays.get(info.path)
+            if array is None:
+                found = self.store.group[info.path]
+                assert isinstance(found, zarr.Array), "open_store refuses groups"
+                array = self._arrays[info.path] = found
+            if not info.shape:
+                array.get_basic_selection((), out=NDBuffer.from_numpy_array(values.reshape(())))
+                return
+            axis = lead_axis(info.shape)
+            first = piece.index * info.chunk_rows
+            rows = min(info.chunk_rows, info.shape[axis] - first)
+            band = values.reshape((*info.shape[:axis], rows, *info.shape[axis + 1 :]))
+            cuts = [
+                [slice(start, min(start + step, extent)) for start in range(0, extent, step)]
+                for extent, step in zip(band.shape, array.chunks, strict=True)
+            ]
+            for place in itertools.product(*cuts):
+                source = list(place)
+                source[axis] = slice(first, first + rows)
+                array.get_basic_selection(tuple(source), out=NDBuffer.from_numpy_array(band[place]))
+        except MissingChunkError as error:
+            raise _corrupt(piece, "is missing", file=error.key) from None
+        except Exception as error:
+            raise _corrupt(piece, f"cannot be decoded ({error})", "Check the disk or the network, then") from error
+
+
+def _cut(info: TensorInfo, root: str) -> list[Piece]:
+    if not info.nbytes:
+        return []
+    axis = lead_axis(info.shape)
+    rows = info.shape[axis] if info.shape else 1
+    row_bytes = info.nbytes // rows
+    pieces = []
+    for index, first in enumerate(range(0, rows, info.chunk_rows)):
+        file = info.path
+        if info.direct:
+            indices = ["0"] * len(info.shape)
+            if indices:
+                indices[axis] = str(index)
+            file = os.path.abspath(os.path.join(root, info.path, "c", *indices))
+        n_rows = min(info.chunk_rows, rows - first)
+        pieces.append(Piece(info.name, first * row_bytes, n_rows * row_bytes, file, index))
+    return pieces
+
+
+def _check_size(fd: int, piece: Piece, chunk_bytes: int) -> None:
+    size = os.fstat(fd).st_size
+    if size != chunk_bytes + CRC_BYTES:
+        raise _corrupt(piece, f"has {size} bytes in place of {chunk_bytes + CRC_BYTES}")
+
+
+def _fill_direct(fd: int, buffers: list[Bytes], end: int, start: int = 0) -> bool:
+    """Fills `buffers` from `start` to `end` of the file, or to their own end; False if a read stopped in between."""
+    end = min(end, start + sum(map(len, buffers)))
+    position = start
+    while True:
+        n_read = os.preadv(fd, buffers, position)
+        position += n_read
+        if position >= end:
+            return True
+        # A request is cut at 2 GiB by the kernel; anything else short and unaligned is for the buffered path.
+        if n_read == 0 or n_read % ALIGN_BYTES:
+            return False
+        while buffers and n_read >= len(buffers[0]):
+            n_read -= len(buffers[0])
+            buffers = buffers[1:]
+        buffers = [buffers[0][n_read:], *buffers[1:]]
+
+
+def _read_buffered(piece: Piece, part: Bytes, chunk_bytes: int) -> None:
+    fd = os.open(piece.file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check_size(fd, piece, chunk_bytes)
+        crc = np.empty(CRC_BYTES, dtype=np.uint8)
+        if piece.nbytes == chunk_bytes:
+            _fill(fd, piece, [part, crc], 0)
+        else:
+            _fill(fd, piece, [part], 0)
+            _fill(fd, piece, [crc], chunk_bytes)
+        _verify(piece, part, chunk_bytes, int.from_bytes(crc.tobytes(), "little"))
+    finally:
+        # The page cache would hold every weight once more.
+        with contextlib.suppress(OSError, AttributeError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def _fill(fd: int, piece: Piece, buffers: list[Bytes], position: int) -> None:
+    buffers = [buffer for buffer in buffers if len(buffer)]
+    while buffers:
+        n_read = os.preadv(fd, buffers, position)
+        if n_read == 0:
+            raise _corrupt(piece, f"ended at byte {position} while it was read")
+        position += n_read
+        while buffers and n_read >= len(buffers[0]):
+            n_read -= len(buffers[0])
+            buffers = buffers[1:]
+        if n_read:
+            buffers = [buffers[0][n_read:], *buffers[1:]]
+
+
+def _verify(piece: Piece, part: Bytes, chunk_bytes: int, stored: int) -> None:
+    """Checks the values in memory, and the padding of the last chunk, against the checksum in the file.
+
+    The padding is zeros, so that it need not be read to be checked; only when that fails is it read, because another
+    writer may have padded with something else.
+    """
+    n_padding = chunk_bytes - len(part)
+    values = extend_crc(0, part)
+    crc = values
+    for done in range(0, n_padding, len(_ZEROS)):
+        crc = extend_crc(crc, _ZEROS[: n_padding - done])
+    if crc != stored and n_padding:
+        crc = _extend_over_file(values, piece.file, len(part), chunk_bytes)
+    if crc != stored:
+        raise _corrupt(piece, f"is damaged: its checksum is {crc:08x} and should be {stored:08x}", "Check the disk, then")
+
+
+def _extend_over_file(crc: int, file: str, start: int, end: int) -> int:
+    buffer = np.empty(len(_ZEROS), dtype=np.uint8)
+    with open(file, "rb", buffering=0) as source:
+        source.seek(start)
+        while start < end and (n_read := source.readinto(buffer[: end - start].data)):
+            crc = extend_crc(crc, buffer[:n_read])
+            start += n_read
+    return crc
+
+
+def _corrupt(piece: Piece, what: str, first: str = "", file: str | None = None) -> CorruptWeightError:
+    file = file or piece.file
+    advice = f"{first} run" if first else "Run"
+    return CorruptWeightError(
+        f"weight {piece.name!r}: {file} {what}. {advice} litrt convert again.", name=piece.name, file=file
+    )
+
+
+def _load_crc() -> Callable[[int, Bytes], int]:
+    """Returns a function that extends a crc32c over more bytes.
+
+    google_crc32c holds the interpreter lock while it runs, 2.5 ms for a chunk, which stops the thread that computes.
+    The library that it ships is the same code without Python, and ctypes lets go of the lock.
+    """
+
+    def extend_holding_lock(crc: int, values: Bytes) -> int:
+        return int(google_crc32c.extend(crc, values))
+
+    try:
+        library = ctypes.CDLL(google_crc32c._crc32c.__file__)
+        function = library.crc32c_extend
+    except (AttributeError, OSError, TypeError):
+        return extend_holding_lock
+    function.argtypes = [ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t]
+    function.restype = ctypes.c_uint32
+
+    def extend(crc: int, values: Bytes) -> int:
+        return int(function(crc, values.ctypes.data, values.nbytes))
+
+    return extend
+
+
+extend_crc = _load_crc()
+"""Extends a crc32c (RFC 3720) over contiguous bytes; `extend_crc(0, values)` is that of `values` alone."""

@@ -1,0 +1,72 @@
+"""Weights that stay are plain tensors, so that using them costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from litrt.pipeline import Pipeline
+from litrt.placeholder import Placeholder
+
+
+class Residents:
+    """Swaps placeholders for plain tensors and back, object by object, so that every reference follows.
+
+    Args:
+        placeholders: The placeholder objects of every segment.
+        pipeline: Has the segments.
+    """
+
+    def __init__(self, placeholders: dict[int, list[Placeholder]], pipeline: Pipeline) -> None:
+        self._objects = placeholders
+        self._pipeline = pipeline
+        self._parked: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.all_plain = True
+
+    def settle(self, indices: Iterable[int]) -> None:
+        """Makes plain tensors of the placeholders of resident segments.
+
+        One that torch refuses to swap (somebody holds a weak reference to it) stays a placeholder, which serves the
+        same bytes at the cost of an interception.
+        """
+        for index in indices:
+            if index in self._parked:
+                continue
+            parked = []
+            for spot in self._objects.get(index, ()):
+                plain = self._pipeline.resident_tensor(index)
+                if isinstance(spot, nn.Parameter):
+                    plain = nn.Parameter(plain, requires_grad=False)
+                if _swap(spot, plain):
+                    parked.append((spot, plain))
+                else:
+                    self.all_plain = False
+            self._parked[index] = parked
+
+    def evict(self, index: int) -> bool:
+        """Puts the placeholders of a segment back; says whether all could be, so that nothing holds its bytes."""
+        left = [(spot, placeholder) for spot, placeholder in self._parked.get(index, ()) if not _swap(spot, placeholder)]
+        if left:
+            self._parked[index] = left
+            return False
+        self._parked.pop(index, None)
+        return True
+
+    def evict_all(self) -> None:
+        """Puts all placeholders back where that is possible; other tensors keep their bytes alive by themselves."""
+        for index in list(self._parked):
+            self.evict(index)
+        self.all_plain = True
+
+
+def _swap(spot: torch.Tensor, other: torch.Tensor) -> bool:
+    for key, value in vars(spot).items():
+        if not key.startswith("_litrt_") and key != "_is_param":
+            vars(other).setdefault(key, value)
+    try:
+        torch.utils.swap_tensors(spot, other)
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,186 @@
+"""When each streamed segment is fetched and released, for a given choice of what streams.
+
+Everything else stays. What streams is fetched in order of need, each load as early as the window has room for it,
+which is the best that can be done for a fixed choice. The result is static and repeats with every pass: a load may be
+issued once a certain step has ended, whatever the clock says.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Set
+from dataclasses import dataclass
+
+from litrt.trace import Trace
+
+_N_PASSES = 4
+"""Passes that `pass_s` simulates; the second half is averaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A use of which at least one segment streams.
+
+    Attributes:
+        segments: The streamed segments of the use.
+        compute_s: Seconds of compute from this step to the next one.
+    """
+
+    segments: tuple[int, ...]
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One fetch of one segment per pass.
+
+    Steps are counted from the start of the pass; a negative one lies in the pass before.
+
+    Attributes:
+        segment: What is fetched.
+        first: The step that needs it.
+        last: The step after which it is released.
+        after: It may be issued once this many steps have ended.
+        offset: Its place in the window, or None to find one when it is issued.
+    """
+
+    segment: int
+    first: int
+    last: int
+    after: int
+    offset: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Steps and loads of a steady pass, loads in order of need."""
+
+    steps: tuple[Step, ...]
+    loads: tuple[Load, ...]
+    streamed_bytes: int
+
+
+def streamed_steps(trace: Trace, streamed: Set[int]) -> tuple[list[Step], list[int]]:
+    """Returns the steps of a pass, and for each the last step that begins before it ends."""
+    segments: list[tuple[int, ...]] = []
+    seconds: list[float] = []
+    spans: list[int] = []
+    lead_s = 0.0
+    ends: list[int] = []
+    for number, use in enumerate(trace.uses):
+        kept = tuple(index for index in use.segments if index in streamed)
+        if kept:
+            segments.append(kept)
+            seconds.append(use.compute_s)
+            ends.append(number + use.n_spanned)
+        elif segments:
+            seconds[-1] += use.compute_s
+        else:
+            lead_s += use.compute_s
+        # Uses still open see every step that begins meanwhile.
+        for step, end in enumerate(ends[-8:], start=max(len(ends) - 8, 0)):
+            if step == len(spans):
+                spans.append(step)
+            elif number < end:
+                spans[step] = len(segments) - 1
+    if segments:
+        seconds[-1] += lead_s
+    return [Step(kept, s) for kept, s in zip(segments, seconds, strict=True)], spans
+
+
+def make_schedule(trace: Trace, streamed: Set[int], window_bytes: int, *, merge: bool = True) -> Schedule | None:
+    """Returns the schedule that streams `streamed` through `window_bytes`, or None where that is too small.
+
+    Args:
+        trace: What a pass uses.
+        streamed: Segments that come and go; the others of the trace are resident.
+        window_bytes: Arena bytes for what streams.
+        merge: Keep a segment between two of its uses where little else streams between them.
+    """
+    steps, spans = streamed_steps(trace, streamed)
+    n_steps = len(steps)
+    if n_steps == 0:
+        return Schedule((), (), 0)
+    size = [segment.size_bytes for segment in trace.segments]
+
+    # One interval per load: the steps from its first use to its last.
+    before = [0]
+    for step in steps:
+        before.append(before[-1] + sum(size[index] for index in step.segments))
+    intervals: list[list[int]] = []
+    open_interval: dict[int, list[int]] = {}
+    for number, step in enumerate(steps):
+        for index in step.segments:
+            last = open_interval.get(index)
+            if last is not None:
+                between = before[number] - before[last[2] + 1]
+                if number <= last[2] + 1 or (merge and between + size[index] <= window_bytes // 4):
+                    last[2] = max(last[2], spans[number])
+                    continue
+            interval = [index, number, spans[number]]
+            intervals.append(interval)
+            open_interval[index] = interval
+    intervals.sort(key=lambda interval: interval[1])
+
+    released = [0] * (n_steps + 1)
+    for index, _, last_step in intervals:
+        released[last_step + 1] += size[index]
+    for number in range(n_steps):
+        released[number + 1] += released[number]
+    total = released[-1]
+
+    previous_end: dict[int, int] = {}
+    for index, _, last_step in intervals:
+        previous_end[index] = last_step + 1 - n_steps
+    loads = []
+    issued = 0
+    after = -n_steps
+    for index, first, last_step in intervals:
+        issued += size[index]
+        # The fewest ended steps f such that what was issued, less what those steps released, fits in the window.
+        # Releases repeat with every pass: released(k * n + g) = k * total + released[g].
+        n_passes, rest = divmod(issued - window_bytes, total)
+        if rest == 0:
+            n_passes, rest = n_passes - 1, total
+        room = n_passes * n_steps + bisect_left(released, rest)
+        after = max(after, room, previous_end[index], last_step + 1 - n_steps)
+        if after > first:
+            return None
+        previous_end[index] = last_step + 1
+        loads.append(Load(index, first, last_step, after))
+    return Schedule(tuple(steps), tuple(loads), total)
+
+
+def pass_s(trace: Trace, schedule: Schedule) -> float:
+    """Returns the predicted seconds of a steady pass: a max-plus recurrence over loads and steps."""
+    steps, loads = schedule.steps, schedule.loads
+    if not steps:
+        return trace.compute_s
+    load_s = [
+        (load.first, load.after, trace.segments[load.segment].nbytes / trace.bandwidth_bps + trace.latency_s)
+        for load in loads
+    ]
+    n_steps = len(steps)
+    seconds = [step.compute_s for step in steps]
+    link = clock = 0.0
+    ended = [0.0]
+    marks = [0.0]
+    for number in range(_N_PASSES):
+        base = number * n_steps
+        position = 0
+        for step in range(n_steps):
+            waits = False
+            while position < len(load_s) and load_s[position][0] == step:
+                _, after, transfer_s = load_s[position]
+                if base + after > 0:
+                    link = max(link, ended[base + after])
+                link += transfer_s
+                waits = True
+                position += 1
+            if waits:
+                clock = max(clock, link)
+            clock += seconds[step]
+            ended.append(clock)
+        marks.append(clock)
+    half = _N_PASSES // 2
+    return (marks[-1] - marks[half]) / (_N_PASSES - half)

@@ -1,0 +1,181 @@
+"""Builds a model with its unmodified constructor, and puts placeholders where its weights belong."""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from litrt.deferred import Deferral, Deferred
+from litrt.device import Device
+from litrt.errors import LitrtError, SkeletonError
+from litrt.placeholder import Placeholder, Source
+from litrt.store import Store
+
+_MAX_NAMES = 10
+"""Names that a message lists of each kind; the error's attributes have them all."""
+
+
+@dataclass(eq=False)
+class Slot:
+    """A parameter or persistent buffer of a model: one tensor object, under all its names."""
+
+    names: list[str]
+    tensor: torch.Tensor
+    is_param: bool
+    stored: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that the model gives it."""
+        return tuple(self.tensor.shape)
+
+
+def build(model_ctor: Callable[[], nn.Module]) -> tuple[nn.Module, Deferral]:
+    """Runs `model_ctor` without allocating what it makes. Returns the model, in eval mode, and the record of it.
+
+    Raises:
+        TypeError: If it does not return a module.
+    """
+    deferral = Deferral()
+    with torch.inference_mode(False), torch.no_grad(), deferral:
+        module = model_ctor()
+    if not isinstance(module, nn.Module):
+        hint = " Give the constructor, not its result." if isinstance(model_ctor, nn.Module) else ""
+        raise TypeError(f"model_ctor must return an nn.Module, not {type(module).__name__}.{hint}")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise LitrtError(f"{name!r} has no shape yet: litrt cannot serve lazy modules. Give every size.")
+    return module.eval(), deferral
+
+
+def slots(module: nn.Module) -> list[Slot]:
+    """Returns the parameters and persistent buffers of `module`, tied ones once, with all their names."""
+    found: dict[int, Slot] = {}
+    for name, tensor, is_param in _stateful(module):
+        slot = found.setdefault(id(tensor), Slot([], tensor, is_param))
+        if name not in slot.names:
+            slot.names.append(name)
+    return list(found.values())
+
+
+def _stateful(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for name, tensor in child._parameters.items():
+            if tensor is not None:
+                yield dot + name, tensor, True
+        for name, tensor in child._buffers.items():
+            if tensor is not None and name not in child._non_persistent_buffers_set:
+                yield dot + name, tensor, False
+
+
+def match(module: nn.Module, found: list[Slot], store: Store) -> None:
+    """Finds every slot's tensor in `store`; of a tied one, any of its names will do.
+
+    Raises:
+        SkeletonError: With all the names that are missing, unexpected or of another shape.
+    """
+    missing: list[str] = []
+    misshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    known: set[str] = set()
+    for slot in found:
+        known.update(slot.names)
+        stored = next((name for name in slot.names if name in store), None)
+        if stored is None:
+            missing.append(slot.names[0])
+        elif store[stored].shape != slot.shape:
+            misshaped[stored] = (slot.shape, store[stored].shape)
+        else:
+            slot.stored = store.resolve(stored)
+    unexpected = [name for name in store if name not in known and not _is_ignorable(module, name)]
+    if not (missing or misshaped or unexpected):
+        return
+    lines = [f"{store.path} does not fit the model:"]
+    lines += _listed("missing in the store", missing)
+    lines += _listed("unexpected, not in the model", unexpected)
+    shapes = [f"{name} is {theirs} in the store and {ours} in the model" for name, (ours, theirs) in misshaped.items()]
+    lines += _listed("of another shape", shapes)
+    lines.append("Give the constructor that the checkpoint was made with, or convert the checkpoint that fits.")
+    raise SkeletonError(
+        "\n".join(lines), missing=tuple(missing), unexpected=tuple(unexpected), misshaped=misshaped
+    )
+
+
+def _is_ignorable(module: nn.Module, name: str) -> bool:
+    # Hugging Face models list what old checkpoints carry and no model needs (causal masks, position ids).
+    patterns = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _listed(what: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    rest = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return [f"  {what} ({len(names)}): {', '.join(names[:_MAX_NAMES])}{rest}"]
+
+
+def furnish(
+    module: nn.Module, found: list[Slot], deferral: Deferral, store: Store, source: Source, indices: dict[str, int], device: Device
+) -> dict[int, list[Placeholder]]:
+    """Puts placeholders in the place of all weights, and values in the place of everything else that was deferred.
+
+    Returns:
+        The placeholder objects of each segment.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.RNNBase):
+            # Weak references, which would forbid a swap; they only spare moving weights that have not changed.
+            child._flat_weight_refs = []  # type: ignore[assignment]
+    placed: dict[int, list[Placeholder]] = {}
+    of_buffer: dict[int, tuple[Slot, int]] = {}
+    for slot in found:
+        info, index = store[slot.stored], indices[slot.stored]
+        ref = deferral.ref(slot.tensor)
+        if ref is not None:
+            of_buffer[id(ref.buffer)] = (slot, index)
+        meta = torch.empty(info.shape, dtype=info.dtype, device="meta")
+        placeholder = Placeholder(
+            source, index, slot.stored, meta, info.shape, device.torch_device, is_param=slot.is_param
+        )
+        _put(slot.tensor, placeholder, slot.names[0])
+        assert isinstance(slot.tensor, Placeholder)
+        placed.setdefault(index, []).append(slot.tensor)
+        del placeholder
+
+    # Buffers that are not stored, and tensors that the constructor kept anywhere else.
+    living = [thing for thing in gc.get_objects() if type(thing) is Deferred and thing._litrt_deferral is deferral]
+    values: list[Deferred] = []
+    for tensor in living:
+        ref = deferral.ref(tensor)
+        if ref is None or id(ref.buffer) not in of_buffer:
+            values.append(tensor)
+            continue
+        slot, index = of_buffer[id(ref.buffer)]
+        # A view of a weight: of the stored one, as it would be after loading in place.
+        info = store[slot.stored]
+        meta = torch.empty(info.shape, dtype=info.dtype, device="meta").as_strided(ref.size, ref.stride, ref.offset)
+        is_param = isinstance(tensor, nn.Parameter)
+        view = Placeholder(source, index, slot.stored, meta, info.shape, device.torch_device, is_param=is_param)
+        _put(tensor, view, slot.names[0])
+    del living
+    for tensor, real in zip(values, deferral.materialize(values), strict=True):
+        if isinstance(tensor, nn.Parameter):
+            real = nn.Parameter(real, requires_grad=False)
+        _put(tensor, real, "a tensor of the constructor")
+    return placed
+
+
+def _put(old: torch.Tensor, new: torch.Tensor, name: str) -> None:
+    """Makes the object `old` be what `new` is, for everybody who refers to it."""
+    for key, value in vars(old).items():
+        if not key.startswith("_litrt_") and key != "_is_param":
+            vars(new).setdefault(key, value)
+    try:
+        torch.utils.swap_tensors(old, new)
+    except RuntimeError as error:
+        raise LitrtError(f"cannot serve {name!r}: its constructor holds it in a way that litrt cannot follow ({error}).") from error

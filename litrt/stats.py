@@ -1,0 +1,43 @@
+"""What a runtime has done so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+_LEVELS = frozenset({"peak_bytes", "budget_bytes", "resident_bytes"})
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts since the runtime was made; the warm-up counts in `read_bytes` and `peak_bytes` only.
+
+    Attributes:
+        n_passes: Passes of the root module that ended, warm-up passes not counted.
+        n_hits: Uses of a streamed weight that was there when an operator asked for it.
+        n_late: Uses of a streamed weight that was on its way, so that the operator waited.
+        n_faults: Uses of a weight that was neither there nor on its way.
+        read_bytes: Bytes of weights read from the store.
+        stall_s: Seconds that operators waited for weights.
+        peak_bytes: Most weight bytes held at any moment, those in flight and the scratch of reads included.
+        budget_bytes: What `peak_bytes` may not exceed.
+        resident_bytes: Bytes of the weights that stay.
+    """
+
+    n_passes: int = 0
+    n_hits: int = 0
+    n_late: int = 0
+    n_faults: int = 0
+    read_bytes: int = 0
+    stall_s: float = 0.0
+    peak_bytes: int = 0
+    budget_bytes: int = 0
+    resident_bytes: int = 0
+
+    def since(self, earlier: Stats) -> Stats:
+        """Returns the counts since `earlier`; `peak_bytes`, `budget_bytes` and `resident_bytes` stay as they are."""
+        changed = {
+            field.name: getattr(self, field.name) - getattr(earlier, field.name)
+            for field in fields(self)
+            if field.name not in _LEVELS
+        }
+        return replace(self, **changed)

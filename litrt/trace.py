@@ -1,0 +1,84 @@
+"""The trace: which operator uses which weights, in order, and how long it computes.
+
+A pass repeats, so a trace is cyclic: after its last use comes its first one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The unit that is moved, kept or evicted: one stored tensor.
+
+    Attributes:
+        name: Name of the tensor in the store.
+        nbytes: Bytes of its values.
+        size_bytes: Bytes it occupies in the arena, its padding to `align_bytes` included.
+        align_bytes: What its offset in the arena is a multiple of.
+    """
+
+    name: str
+    nbytes: int
+    size_bytes: int
+    align_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One operator call that needs weights.
+
+    Attributes:
+        segments: Indices of the segments that must be in the arena together.
+        compute_s: Seconds from the moment they were all there to the start of the next use.
+        n_spanned: Uses that began before this one ended, itself included: 1 unless uses nest.
+    """
+
+    segments: tuple[int, ...]
+    compute_s: float
+    n_spanned: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What one pass did.
+
+    Attributes:
+        segments: Every segment of the store, used or not.
+        uses: The uses of one pass, in order.
+        bandwidth_bps: Bytes per second that the store delivered.
+        latency_s: Seconds that a read costs beside its bytes.
+    """
+
+    segments: tuple[Segment, ...]
+    uses: tuple[Use, ...]
+    bandwidth_bps: float
+    latency_s: float = 0.0
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of a pass that never waits."""
+        return sum(use.compute_s for use in self.uses)
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """Indices of the segments that the pass uses, in order of first use."""
+        return tuple(dict.fromkeys(index for use in self.uses for index in use.segments))
+
+    @property
+    def used_bytes(self) -> int:
+        """Arena bytes of the segments that the pass uses."""
+        return sum(self.segments[index].size_bytes for index in self.used)
+
+    @property
+    def largest_use_bytes(self) -> int:
+        """Arena bytes of the most demanding moment of the pass: no budget below this can run it."""
+        largest = 0
+        open_until: dict[int, int] = {}
+        for number, use in enumerate(self.uses):
+            open_until = {index: end for index, end in open_until.items() if end > number}
+            for index in use.segments:
+                open_until[index] = max(open_until.get(index, 0), number + use.n_spanned)
+            largest = max(largest, sum(self.segments[index].size_bytes for index in open_until))
+        return largest
