@@ -15,8 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from litrt.pipeline import Binding
-from litrt.placeholder import Placeholder, Source, view_of
+from litrt.placeholder import Borrowed, Placeholder
 
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -68,37 +67,29 @@ def _wrap(module: nn.Module, looked_at: list[nn.Module]) -> None:
 @contextmanager
 def _plain_parameters(modules: list[nn.Module]) -> Iterator[Callable[[], None]]:
     """Puts plain tensors in the place of the placeholders of `modules` and their children, for a while."""
-    spots = [
-        (child._parameters, name, tensor)
-        for module in modules
-        for child in module.modules()
-        for name, tensor in child._parameters.items()
-        if isinstance(tensor, Placeholder)
-    ]
-    wanted: dict[int, tuple[Source, dict[int, None]]] = {}
-    for _, _, placeholder in spots:
-        source = placeholder._litrt_source
-        wanted.setdefault(id(source), (source, {}))[1][placeholder._litrt_index] = None
-    held: list[tuple[Source, Binding]] = []
+    borrowed = Borrowed()
     put: list[tuple[dict[str, Any], str, Placeholder]] = []
+
+    def spots() -> list[tuple[dict[str, Any], str, Placeholder]]:
+        return [
+            (child._parameters, name, tensor)
+            for module in modules
+            for child in module.modules()
+            for name, tensor in child._parameters.items()
+            if isinstance(tensor, Placeholder)
+        ]
 
     def release() -> None:
         while put:
             parameters, name, placeholder = put.pop()
             parameters[name] = placeholder
-        while held:
-            source, binding = held.pop()
-            source.release(binding)
+        borrowed.give_back()
 
     try:
-        for source, indices in wanted.values():
-            held.append((source, source.acquire(tuple(indices))))
-        for parameters, name, placeholder in spots:
-            binding = next(b for s, b in held if s is placeholder._litrt_source)
-            real = binding.tensors[binding.indices.index(placeholder._litrt_index)]
-            parameters[name] = view_of(placeholder, real)  # type: ignore[assignment]
+        borrowed.borrow(lambda: [placeholder for _, _, placeholder in spots()])
+        for parameters, name, placeholder in spots():
+            parameters[name] = borrowed[placeholder]
             put.append((parameters, name, placeholder))
-            del real
         yield release
     finally:
         release()

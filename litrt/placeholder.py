@@ -11,7 +11,7 @@ reference to it, also one taken in a constructor, becomes a plain tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol, Self
 
 import torch
@@ -42,12 +42,14 @@ class Placeholder(torch.Tensor):
         meta: A meta tensor with the geometry of this view of the segment.
         device: The device it reports.
         is_param: Be an `nn.Parameter` to `isinstance`.
+        requires_grad: What the parameter says; kernels choose by it, also where no gradient is recorded.
     """
 
     _litrt_source: Source
     _litrt_index: int
     _litrt_name: str
     _litrt_shape: tuple[int, ...]
+    _litrt_requires_grad: bool
     _is_param: bool
 
     @staticmethod
@@ -61,6 +63,7 @@ class Placeholder(torch.Tensor):
         device: torch.device,
         *,
         is_param: bool = False,
+        requires_grad: bool = False,
     ) -> Self:
         self = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -75,6 +78,7 @@ class Placeholder(torch.Tensor):
         self._litrt_index = index
         self._litrt_name = name
         self._litrt_shape = stored_shape
+        self._litrt_requires_grad = requires_grad
         if is_param:
             self._is_param = True
         return self
@@ -87,6 +91,8 @@ class Placeholder(torch.Tensor):
         cls, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func == _REQUIRES_GRAD_GET and isinstance(args[0], Placeholder):
+            return args[0]._litrt_requires_grad
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -115,6 +121,19 @@ class Placeholder(torch.Tensor):
                 _refuse_write(value, str(func))
         return _call(func, args, kwargs)
 
+    @property
+    def _litrt_dtype(self) -> torch.dtype:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.dtype
+
+    def _litrt_view(self, geometry: torch.Tensor) -> Placeholder:
+        """Returns a placeholder for the view of the same segment that `geometry` is."""
+        with torch._C.DisableTorchFunctionSubclass():
+            device = self.device
+        return Placeholder(
+            self._litrt_source, self._litrt_index, self._litrt_name, geometry, self._litrt_shape, device
+        )
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
             shape, dtype, device = tuple(self.shape), self.dtype, self.device
@@ -131,58 +150,110 @@ class Placeholder(torch.Tensor):
         )
 
 
-def view_of(placeholder: Placeholder, real: torch.Tensor) -> torch.Tensor:
+def _view_of(placeholder: Placeholder, real: torch.Tensor) -> torch.Tensor:
     """Returns the part of `real`, the whole stored tensor, that `placeholder` stands for."""
     with torch._C.DisableTorchFunctionSubclass():
         size, stride, offset = placeholder.size(), placeholder.stride(), placeholder.storage_offset()
-    if size == real.size() and stride == real.stride() and offset == 0:
+    if size != real.size() or stride != real.stride() or offset != 0:
+        return real.as_strided(size, stride, offset)
+    if not placeholder._litrt_requires_grad:
         return real
-    return real.as_strided(size, stride, offset)
+    # Products fold a batch into one matrix, or do not, by what their second factor says here.
+    return real.detach().requires_grad_()
+
+
+class Borrowed:
+    """The values of placeholders, pinned in memory until `give_back`."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, torch.Tensor] = {}
+        self._owners: dict[int, Placeholder] = {}  # by the address of their storage
+        self._held: list[tuple[Source, Binding]] = []
+
+    def borrow(self, find: Callable[[], Iterable[Placeholder]]) -> None:
+        """Loads the values of all placeholders that `find` finds.
+
+        It is asked again until there are no new ones: making room for some can turn weights that stayed in memory
+        back into placeholders.
+        """
+        while found := [placeholder for placeholder in find() if id(placeholder) not in self._values]:
+            wanted: dict[int, tuple[Source, dict[int, None]]] = {}
+            for placeholder in found:
+                source = placeholder._litrt_source
+                wanted.setdefault(id(source), (source, {}))[1][placeholder._litrt_index] = None
+            for source, indices in wanted.values():
+                binding = source.acquire(tuple(indices))
+                self._held.append((source, binding))
+                by_index = dict(zip(binding.indices, binding.tensors, strict=True))
+                for placeholder in found:
+                    if placeholder._litrt_source is source:
+                        value = _view_of(placeholder, by_index[placeholder._litrt_index])
+                        self._values[id(placeholder)] = value
+                        self._owners[value.untyped_storage()._cdata] = placeholder
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, placeholder: Placeholder) -> torch.Tensor:
+        return self._values[id(placeholder)]
+
+    def without_aliases(self, result: Any) -> Any:
+        """Returns the result of an operator, with placeholders for tensors in it that are views of what was borrowed.
+
+        So that a view does not keep a weight in memory, and a write through it is refused.
+        """
+        if isinstance(result, torch.Tensor):
+            if isinstance(result, Placeholder) or result.layout is not torch.strided:
+                return result
+            owner = self._owners.get(result.untyped_storage()._cdata)
+            if owner is None or result.dtype != owner._litrt_dtype or result.is_conj() or result.is_neg():
+                return result
+            return owner._litrt_view(result)
+        if type(result) in (list, tuple):
+            return type(result)(self.without_aliases(item) for item in result)
+        return result
+
+    def give_back(self) -> None:
+        """Lets the values go; those that somebody made an alias of stay until it dies."""
+        self._owners.clear()
+        self._values.clear()
+        while self._held:
+            source, binding = self._held.pop()
+            source.release(binding)
 
 
 def _call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Calls `func` with every placeholder among its arguments replaced by its values."""
-    found: list[Placeholder] = []
-    _collect(args, found)
-    _collect(kwargs.values(), found)
-    if not found:
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-    wanted: dict[int, tuple[Source, dict[int, None]]] = {}
-    for placeholder in found:
-        source = placeholder._litrt_source
-        wanted.setdefault(id(source), (source, {}))[1][placeholder._litrt_index] = None
-    held: list[tuple[Source, Binding]] = []
-    reals: dict[int, torch.Tensor] = {}
+    borrowed = Borrowed()
+    real_args: Any = None
+    real_kwargs: Any = None
     try:
-        for source, indices in wanted.values():
-            binding = source.acquire(tuple(indices))
-            held.append((source, binding))
-            by_index = dict(zip(binding.indices, binding.tensors, strict=True))
-            for placeholder in found:
-                if placeholder._litrt_source is source:
-                    reals[id(placeholder)] = view_of(placeholder, by_index[placeholder._litrt_index])
-            del by_index
-        return func(*_replace(args, reals), **{key: _replace(value, reals) for key, value in kwargs.items()})
+        borrowed.borrow(lambda: _placeholders((args, kwargs)))
+        if not borrowed:  # placeholders in a container that we do not look into: met again further down
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        real_args, real_kwargs = _replace(args, borrowed), _replace(kwargs, borrowed)
+        with torch.no_grad():
+            return borrowed.without_aliases(func(*real_args, **real_kwargs))
     finally:
-        reals.clear()
-        for source, binding in held:
-            source.release(binding)
+        real_args = real_kwargs = None
+        borrowed.give_back()
 
 
-def _collect(values: Iterable[Any], found: list[Placeholder]) -> None:
-    for value in values:
-        if isinstance(value, Placeholder):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            _collect(value, found)
-        elif isinstance(value, dict):
-            _collect(value.values(), found)
-
-
-def _replace(value: Any, reals: dict[int, torch.Tensor]) -> Any:
+def _placeholders(value: Any) -> Iterator[Placeholder]:
     if isinstance(value, Placeholder):
-        return reals[id(value)]
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _placeholders(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _placeholders(item)
+
+
+def _replace(value: Any, reals: Borrowed) -> Any:
+    if isinstance(value, Placeholder):
+        return reals[value]
     if isinstance(value, tuple):
         items = [_replace(item, reals) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
@@ -196,6 +267,8 @@ def _replace(value: Any, reals: dict[int, torch.Tensor]) -> Any:
 def _lazy_view(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Returns placeholders for the view that `func` makes of its first argument, or NotImplemented where it copies."""
     self = args[0] if args else None
+    if func is torch.Tensor.__getitem__:
+        args = (self, _plain_index(args[1]))
     if not isinstance(self, Placeholder) or _has_tensor((*args[1:], *kwargs.values())):
         return NotImplemented
     if func in _CONVERSIONS:
@@ -213,15 +286,24 @@ def _lazy_view(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
             if isinstance(view, list | tuple):
                 wrapped = [wrap(item) for item in view]
                 return NotImplemented if any(item is NotImplemented for item in wrapped) else type(view)(wrapped)
+            if view is twin:
+                return self
             if not isinstance(view, torch.Tensor) or view.dtype != self.dtype:
                 return NotImplemented
             if view.untyped_storage()._cdata != storage or view.is_conj() or view.is_neg():
                 return NotImplemented
-            return Placeholder(
-                self._litrt_source, self._litrt_index, self._litrt_name, view, self._litrt_shape, self.device
-            )
+            return self._litrt_view(view)
 
         return wrap(made)
+
+
+def _plain_index(index: Any) -> Any:
+    """Returns `index` with integers in tensors of no dimension as ints: both select, and give a view."""
+    if isinstance(index, tuple):
+        return tuple(_plain_index(item) for item in index)
+    if type(index) is torch.Tensor and index.dim() == 0 and index.dtype in _INTEGERS and not index.is_meta:
+        return int(index)
+    return index
 
 
 def _has_tensor(values: Iterable[Any]) -> bool:
@@ -242,6 +324,8 @@ def _converts_nothing(
             return self.dtype == _CASTS[func] and not args and not kwargs
         if func is torch.Tensor.cpu:
             return self.device.type == "cpu"
+        if func is torch.Tensor.type:
+            return len(args) == 1 and args[0] == self.dtype
         if kwargs.get("copy"):
             return False
         try:
@@ -269,11 +353,7 @@ def _written(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
 
 
 def _set_requires_grad(placeholder: Placeholder, requires_grad: bool = True) -> Placeholder:
-    if requires_grad:
-        raise WeightWriteError(
-            f"cannot train {placeholder._litrt_name!r}: litrt serves weights read-only, for inference.",
-            name=placeholder._litrt_name,
-        )
+    placeholder._litrt_requires_grad = requires_grad
     return placeholder
 
 
@@ -313,10 +393,12 @@ _VIEWS = _methods(
     "t", "transpose", "permute", "view", "view_as", "reshape", "reshape_as", "unsqueeze", "squeeze", "narrow", "select",
     "expand", "expand_as", "broadcast_to", "chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit",
     "unbind", "flatten", "unflatten", "movedim", "moveaxis", "swapaxes", "swapdims", "diagonal", "detach", "contiguous",
-    "alias", "as_strided", "unfold", "adjoint", "ravel", "__getitem__", "T", "mT", "H", "mH", "data", "to", "cpu", "float",
+    "alias", "as_strided", "unfold", "adjoint", "ravel", "__getitem__", "T", "mT", "H", "mH", "data", "to", "type", "cpu", "float",
     "double", "half", "bfloat16", "atleast_1d", "atleast_2d", "atleast_3d",
 )  # fmt: skip
 """What may be answered by a placeholder of the view, where it is one."""
+
+_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8})
 
 _CASTS = {
     torch.Tensor.float: torch.float32,
@@ -324,7 +406,7 @@ _CASTS = {
     torch.Tensor.half: torch.float16,
     torch.Tensor.bfloat16: torch.bfloat16,
 }
-_CONVERSIONS = frozenset({torch.Tensor.to, torch.Tensor.cpu, *_CASTS})
+_CONVERSIONS = frozenset({torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.type, *_CASTS})
 
 _WRITERS = frozenset(
     {
@@ -338,7 +420,9 @@ _WRITERS = frozenset(
     }
 )
 
-_GRAD_SETTERS = frozenset({torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
+_REQUIRES_GRAD: Any = torch.Tensor.requires_grad
+_REQUIRES_GRAD_GET = _REQUIRES_GRAD.__get__
+_GRAD_SETTERS = frozenset({torch.Tensor.requires_grad_, _REQUIRES_GRAD.__set__})
 
 _aten = torch.ops.aten
 _DISPATCH_VIEWS = frozenset(

@@ -15,7 +15,7 @@ from litrt.bound import groups, min_pass_s, min_streamed_bytes
 from litrt.layout import Item, align_up, place
 from litrt.policy import lru_streamed_bytes
 from litrt.residency import choose_streamed
-from litrt.schedule import Load, Schedule, Step, make_schedule, pass_s, streamed_steps
+from litrt.schedule import Load, Schedule, Step, best_schedule, pass_s, streamed_steps
 from litrt.trace import Segment, Trace, Use
 from litrt.units import format_bytes
 
@@ -146,8 +146,12 @@ def make_plan(trace: Trace, budget_bytes: int, *, policy: Policy = "belady", see
 
     best: Plan | None = None
     goal_s = 0.0
+    # The window begins where what streams may begin, which can leave a gap behind the residents.
+    gap_bytes = max((segment.align_bytes for segment in trace.segments), default=0)
+    if budget_bytes >= trace.used_bytes or all(segment.align_bytes == gap_bytes for segment in trace.segments):
+        gap_bytes = 0
     for slack in _SLACK:
-        room_bytes = int(budget_bytes * (1 - slack))
+        room_bytes = int(budget_bytes * (1 - slack)) - gap_bytes
         if best is not None and room_bytes < trace.largest_use_bytes:
             break
         streamed, schedule = choose_streamed(trace, room_bytes, seed)
@@ -187,7 +191,7 @@ def _with_loads(plan: Plan, trace: Trace, streamed: Set[int], schedule: Schedule
     placed: Schedule | None = None
     for share in _SHRINK:
         if share < 1 or schedule is None:
-            schedule = make_schedule(trace, streamed, int(plan.window_bytes * share))
+            schedule = best_schedule(trace, streamed, int(plan.window_bytes * share))
         if schedule is None:
             break
         placed = _placed(schedule, trace.segments, plan.window_offset, plan.budget_bytes)
@@ -219,7 +223,8 @@ def _step_by_step(trace: Trace, streamed: Set[int]) -> Schedule:
     loads = []
     held_until: dict[int, int] = {}
     for number, step in enumerate(steps):
-        for index in step.segments:
+        # Those on a page first: the others then lie behind them without a gap.
+        for index in sorted(step.segments, key=lambda index: -trace.segments[index].align_bytes):
             if held_until.get(index, -1) < number:
                 loads.append(Load(index, number, spans[number], number))
                 held_until[index] = spans[number]

@@ -112,18 +112,26 @@ class Reader:
                 f"{piece.name!r} is read into {info.nbytes} contiguous bytes; got shape {dest.shape} of {dest.dtype}."
             )
         part = dest[piece.offset : piece.offset + piece.nbytes]
-        if not info.direct:
-            self._read_through_zarr(info, piece, part)
-            return
         try:
-            if not self._try_direct(piece, part, info.chunk_bytes):
+            if not info.direct:
+                self._read_through_zarr(info, piece, part)
+            elif not self._try_direct(piece, part, info.chunk_bytes):
                 _read_buffered(piece, part, info.chunk_bytes)
-        except FileNotFoundError:
-            raise _corrupt(piece, "is missing") from None
+            return
         except CorruptWeightError:
             raise
+        except FileNotFoundError:
+            failure = _corrupt(piece, "is missing")
+        except MissingChunkError as error:
+            failure = _corrupt(piece, "is missing", file=error.key)
         except OSError as error:
-            raise _corrupt(piece, f"cannot be read ({error.strerror})", "Check the disk, then") from error
+            failure = _corrupt(piece, f"cannot be read ({error})", "Check the disk, then")
+        except Exception as error:
+            if info.direct:
+                raise
+            failure = _corrupt(piece, f"cannot be decoded ({error})", "Check the disk or the network, then")
+        # Raised here, without the error that caused it: the frames of that one would keep `dest` alive.
+        raise failure
 
     def read_tensor(self, name: str) -> torch.Tensor:
         """Returns tensor `name` in memory of its own."""
@@ -154,13 +162,13 @@ class Reader:
             scratch = self._scratch_memory()
             n_whole = piece.nbytes - piece.nbytes % ALIGN_BYTES
             # One request for the values, with the tail, the padding and the checksum in scratch where they fit.
-            if not _fill_direct(fd, [part[:n_whole], scratch], chunk_bytes + CRC_BYTES):
+            if not _fill_direct(fd, [part[:n_whole].data, scratch.data], chunk_bytes + CRC_BYTES):
                 return False
             part[n_whole:] = scratch[: piece.nbytes - n_whole]
             crc_at = chunk_bytes - n_whole
             if crc_at + CRC_BYTES > len(scratch):
                 block = chunk_bytes - chunk_bytes % ALIGN_BYTES
-                if not _fill_direct(fd, [scratch], chunk_bytes + CRC_BYTES, block):
+                if not _fill_direct(fd, [scratch.data], chunk_bytes + CRC_BYTES, block):
                     return False
                 crc_at = chunk_bytes - block
             stored = int.from_bytes(scratch[crc_at : crc_at + CRC_BYTES].tobytes(), "little")
@@ -188,31 +196,26 @@ class Reader:
         stored = array_dtype(info.dtype)
         assert stored is not None, "open_store refuses other dtypes"
         values = part.view(np.dtype(stored))
-        try:
-            array = self._arrays.get(info.path)
-            if array is None:
-                found = self.store.group[info.path]
-                assert isinstance(found, zarr.Array), "open_store refuses groups"
-                array = self._arrays[info.path] = found
-            if not info.shape:
-                array.get_basic_selection((), out=NDBuffer.from_numpy_array(values.reshape(())))
-                return
-            axis = lead_axis(info.shape)
-            first = piece.index * info.chunk_rows
-            rows = min(info.chunk_rows, info.shape[axis] - first)
-            band = values.reshape((*info.shape[:axis], rows, *info.shape[axis + 1 :]))
-            cuts = [
-                [slice(start, min(start + step, extent)) for start in range(0, extent, step)]
-                for extent, step in zip(band.shape, array.chunks, strict=True)
-            ]
-            for place in itertools.product(*cuts):
-                source = list(place)
-                source[axis] = slice(first, first + rows)
-                array.get_basic_selection(tuple(source), out=NDBuffer.from_numpy_array(band[place]))
-        except MissingChunkError as error:
-            raise _corrupt(piece, "is missing", file=error.key) from None
-        except Exception as error:
-            raise _corrupt(piece, f"cannot be decoded ({error})", "Check the disk or the network, then") from error
+        array = self._arrays.get(info.path)
+        if array is None:
+            found = self.store.group[info.path]
+            assert isinstance(found, zarr.Array), "open_store refuses groups"
+            array = self._arrays[info.path] = found
+        if not info.shape:
+            array.get_basic_selection((), out=NDBuffer.from_numpy_array(values.reshape(())))
+            return
+        axis = lead_axis(info.shape)
+        first = piece.index * info.chunk_rows
+        rows = min(info.chunk_rows, info.shape[axis] - first)
+        band = values.reshape((*info.shape[:axis], rows, *info.shape[axis + 1 :]))
+        cuts = [
+            [slice(start, min(start + step, extent)) for start in range(0, extent, step)]
+            for extent, step in zip(band.shape, array.chunks, strict=True)
+        ]
+        for place in itertools.product(*cuts):
+            source = list(place)
+            source[axis] = slice(first, first + rows)
+            array.get_basic_selection(tuple(source), out=NDBuffer.from_numpy_array(band[place]))
 
 
 def _cut(info: TensorInfo, root: str) -> list[Piece]:
@@ -240,7 +243,7 @@ def _check_size(fd: int, piece: Piece, chunk_bytes: int) -> None:
         raise _corrupt(piece, f"has {size} bytes in place of {chunk_bytes + CRC_BYTES}")
 
 
-def _fill_direct(fd: int, buffers: list[Bytes], end: int, start: int = 0) -> bool:
+def _fill_direct(fd: int, buffers: list[memoryview], end: int, start: int = 0) -> bool:
     """Fills `buffers` from `start` to `end` of the file, or to their own end; False if a read stopped in between."""
     end = min(end, start + sum(map(len, buffers)))
     position = start
@@ -264,10 +267,10 @@ def _read_buffered(piece: Piece, part: Bytes, chunk_bytes: int) -> None:
         _check_size(fd, piece, chunk_bytes)
         crc = np.empty(CRC_BYTES, dtype=np.uint8)
         if piece.nbytes == chunk_bytes:
-            _fill(fd, piece, [part, crc], 0)
+            _fill(fd, piece, [part.data, crc.data], 0)
         else:
-            _fill(fd, piece, [part], 0)
-            _fill(fd, piece, [crc], chunk_bytes)
+            _fill(fd, piece, [part.data], 0)
+            _fill(fd, piece, [crc.data], chunk_bytes)
         _verify(piece, part, chunk_bytes, int.from_bytes(crc.tobytes(), "little"))
     finally:
         # The page cache would hold every weight once more.
@@ -276,7 +279,7 @@ def _read_buffered(piece: Piece, part: Bytes, chunk_bytes: int) -> None:
         os.close(fd)
 
 
-def _fill(fd: int, piece: Piece, buffers: list[Bytes], position: int) -> None:
+def _fill(fd: int, piece: Piece, buffers: list[memoryview], position: int) -> None:
     buffers = [buffer for buffer in buffers if len(buffer)]
     while buffers:
         n_read = os.preadv(fd, buffers, position)
@@ -304,7 +307,9 @@ def _verify(piece: Piece, part: Bytes, chunk_bytes: int, stored: int) -> None:
     if crc != stored and n_padding:
         crc = _extend_over_file(values, piece.file, len(part), chunk_bytes)
     if crc != stored:
-        raise _corrupt(piece, f"is damaged: its checksum is {crc:08x} and should be {stored:08x}", "Check the disk, then")
+        raise _corrupt(
+            piece, f"is damaged: its checksum is {crc:08x} and should be {stored:08x}", "Check the disk, then"
+        )
 
 
 def _extend_over_file(crc: int, file: str, start: int, end: int) -> int:

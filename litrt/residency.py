@@ -16,7 +16,7 @@ from itertools import combinations
 import numpy as np
 
 from litrt.bound import Array
-from litrt.schedule import Schedule, make_schedule, pass_s
+from litrt.schedule import Schedule, best_schedule, pass_s
 from litrt.trace import Trace
 
 _MAX_SUBSET_OF = 8
@@ -37,7 +37,7 @@ def choose_streamed(trace: Trace, budget_bytes: int, seed: int) -> tuple[frozens
     search = _Search(trace, budget_bytes)
     if search.spare_bytes < 0 or trace.used_bytes <= budget_bytes:
         streamed = frozenset() if trace.used_bytes <= budget_bytes else frozenset(trace.used)
-        return streamed, make_schedule(trace, streamed, budget_bytes)
+        return streamed, best_schedule(trace, streamed, budget_bytes)
     n_evaluations = max(24, min(500, _WORK // max(len(trace.uses), 1)))
     kept = search.worth_most()
     search.offer(frozenset(trace.used))
@@ -73,7 +73,7 @@ class _Search:
         if streamed in self._known:
             return False
         resident_bytes = self.used_bytes - sum(self.sizes[index] for index in streamed)
-        schedule = make_schedule(self.trace, streamed, self.budget_bytes - resident_bytes)
+        schedule = best_schedule(self.trace, streamed, self.budget_bytes - resident_bytes)
         if schedule is None:
             self._known[streamed] = (float("inf"), 0)
             return False

@@ -38,7 +38,7 @@ class Residents:
             for spot in self._objects.get(index, ()):
                 plain = self._pipeline.resident_tensor(index)
                 if isinstance(spot, nn.Parameter):
-                    plain = nn.Parameter(plain, requires_grad=False)
+                    plain = nn.Parameter(plain, requires_grad=spot.requires_grad)
                 if _swap(spot, plain):
                     parked.append((spot, plain))
                 else:

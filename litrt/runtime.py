@@ -126,7 +126,8 @@ class Runtime:
             raise ClosedError("this runtime is closed: make a new litrt.Runtime to use its model again.")
         if self._unhook is None:
             self._n_passes += 1
-        return self.module(*args, **kwargs)
+        with torch.no_grad():
+            return self.module(*args, **kwargs)
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
         """Runs one pass, inside the budget, to record which operators use which weights; then plans and fills memory.

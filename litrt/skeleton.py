@@ -129,8 +129,8 @@ def furnish(
     """
     for child in module.modules():
         if isinstance(child, nn.RNNBase):
-            # Weak references, which would forbid a swap; they only spare moving weights that have not changed.
-            child._flat_weight_refs = []  # type: ignore[assignment]
+            # Weak references would forbid a swap. Their only use is to notice parameters that were exchanged.
+            child._flat_weight_refs = [None] * len(child._flat_weights_names)
     placed: dict[int, list[Placeholder]] = {}
     of_buffer: dict[int, tuple[Slot, int]] = {}
     for slot in found:
@@ -140,7 +140,14 @@ def furnish(
             of_buffer[id(ref.buffer)] = (slot, index)
         meta = torch.empty(info.shape, dtype=info.dtype, device="meta")
         placeholder = Placeholder(
-            source, index, slot.stored, meta, info.shape, device.torch_device, is_param=slot.is_param
+            source,
+            index,
+            slot.stored,
+            meta,
+            info.shape,
+            device.torch_device,
+            is_param=slot.is_param,
+            requires_grad=slot.tensor.requires_grad,
         )
         _put(slot.tensor, placeholder, slot.names[0])
         assert isinstance(slot.tensor, Placeholder)
@@ -165,7 +172,7 @@ def furnish(
     del living
     for tensor, real in zip(values, deferral.materialize(values), strict=True):
         if isinstance(tensor, nn.Parameter):
-            real = nn.Parameter(real, requires_grad=False)
+            real = nn.Parameter(real, requires_grad=tensor.requires_grad)
         _put(tensor, real, "a tensor of the constructor")
     return placed
 

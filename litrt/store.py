@@ -45,11 +45,12 @@ _MAX_NODE_BYTES = 200
 _METADATA = frozenset({"zarr.json", ".zgroup", ".zarray", ".zattrs", ".zmetadata"})
 
 _NATIVE = frozenset(
-    """bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128""".split()
+    {"bool", "float16", "float32", "float64", "complex64", "complex128"}
+    | {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
 )
 _VIEWED = frozenset(
-    """bfloat16 complex32 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu
-    float4_e2m1fn_x2""".split()
+    {"bfloat16", "complex32", "float8_e8m0fnu", "float4_e2m1fn_x2"}
+    | {f"float8_{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")}
 )
 
 
@@ -213,7 +214,9 @@ class Store(Mapping[str, TensorInfo]):
         if name in self._by_name:
             return name
         close = difflib.get_close_matches(str(name), self._by_name, n=3)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {len(self)} other names."
+        hint = (
+            f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {len(self)} other names."
+        )
         raise WeightNotFoundError(f"{self.path} has no weight {name!r}: {hint}", name=name)
 
 
@@ -228,6 +231,10 @@ class MissingChunkError(Exception):
 class _Checked(WrapperStore[ZarrStore]):
     """Raises where zarr-python would take a chunk that is missing for one that is all zeros."""
 
+    def __init__(self, store: ZarrStore, *, owned: bool = False) -> None:
+        super().__init__(store)
+        self._owned = owned
+
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
@@ -237,8 +244,8 @@ class _Checked(WrapperStore[ZarrStore]):
         return value
 
     def close(self) -> None:
-        # Stores that the caller opened stay open: `_zarr_source` hands out only wrappers of them.
-        if isinstance(self._store, LocalStore | ZipStore) and not getattr(self, "borrowed", False):
+        # A store that the caller opened stays open.
+        if self._owned:
             super().close()
 
 
@@ -296,9 +303,9 @@ def _open_local(label: str, root: Path) -> Store:
 def _open_zarr(label: str, path: str | os.PathLike[str] | ZarrStore | StorePath) -> Store:
     def open_group() -> zarr.Group:
         if isinstance(path, ZarrStore):
-            return _open_group(path, borrowed=True)
+            return _open_group(path, owned=False)
         if isinstance(path, StorePath):
-            return _open_group(path.store, path.path, borrowed=True)
+            return _open_group(path.store, path.path, owned=False)
         if "://" in label:
             plain = zarr.open_group(label, mode="r")
             return _open_group(plain.store, plain.path)
@@ -327,9 +334,8 @@ def _open_zarr(label: str, path: str | os.PathLike[str] | ZarrStore | StorePath)
         group.store.close()
 
 
-def _open_group(store: ZarrStore, path: str = "", *, borrowed: bool = False) -> zarr.Group:
-    checked = _Checked(store)
-    checked.borrowed = borrowed  # type: ignore[attr-defined]
+def _open_group(store: ZarrStore, path: str = "", *, owned: bool = True) -> zarr.Group:
+    checked = _Checked(store, owned=owned)
     try:
         return zarr.open_group(checked, path=path, mode="r")
     except BaseException:
@@ -408,9 +414,7 @@ def _direct_info(name: str, node: str, array: dict[str, Any]) -> TensorInfo | No
         return None
     nbytes = math.prod(shape) * dtype.itemsize
     chunk_rows = chunks[axis] if chunks else 1
-    return TensorInfo(
-        name, shape, dtype, nbytes, node, chunk_rows, True, math.prod(chunks) * dtype.itemsize
-    )
+    return TensorInfo(name, shape, dtype, nbytes, node, chunk_rows, True, math.prod(chunks) * dtype.itemsize)
 
 
 def _array_info(label: str, name: str, array: object) -> TensorInfo:
@@ -425,7 +429,7 @@ def _array_info(label: str, name: str, array: object) -> TensorInfo:
     chunk_rows = array.chunks[lead_axis(array.shape)] if array.shape else 1
     chunk_bytes = math.prod(array.chunks) * dtype.itemsize
     nbytes = math.prod(array.shape) * dtype.itemsize
-    return TensorInfo(name, array.shape, dtype, nbytes, array.path, chunk_rows, False, chunk_bytes)
+    return TensorInfo(name, array.shape, dtype, nbytes, node_name(name), chunk_rows, False, chunk_bytes)
 
 
 def _torch_dtype(attributes: dict[str, Any], stored: str) -> torch.dtype | None:

@@ -1,0 +1,401 @@
+"""Checkpoints as sources of tensors: mappings, safetensors files, torch files, and directories of shards.
+
+A source gives one tensor at a time and keeps none, so that a checkpoint of any size can be converted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import mmap
+import os
+import zipfile
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from litrt.errors import CorruptWeightError, StoreError
+
+SourceLike = Mapping[str, torch.Tensor] | str | os.PathLike[str]
+
+_TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
+_MAX_HEADER_BYTES = 100_000_000  # what the safetensors library accepts
+_SAFETENSORS_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Named tensors, given one at a time.
+
+    Attributes:
+        names: All names, in order.
+        aliases: Names of tensors that share the memory of an earlier one, and the name of that one.
+        sizes: Elements and dtype of each tensor, where they are known before it is fetched.
+        fetch: Returns a tensor; called once for each name that is not an alias, in order.
+        release: Called when the tensor that was fetched is no longer needed.
+    """
+
+    names: tuple[str, ...]
+    fetch: Callable[[str], torch.Tensor]
+    aliases: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, torch.dtype]] | None = None
+    release: Callable[[torch.Tensor], None] = lambda tensor: None
+
+
+@contextlib.contextmanager
+def open_source(source: SourceLike) -> Iterator[Source]:
+    """Opens a checkpoint, and closes its files at the end.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        StoreError: If it is not a checkpoint that litrt can read.
+        CorruptWeightError: If a file is truncated.
+        TypeError: If `source` is neither a mapping nor a path, or a value is not a tensor.
+    """
+    if isinstance(source, nn.Module):
+        raise TypeError("cannot convert a module: pass its weights, module.state_dict().")
+    if isinstance(source, Mapping):
+        yield _open_mapping(source)
+        return
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"cannot convert {type(source).__name__}: pass a state_dict, another mapping of names to tensors, "
+            "or the path of a checkpoint."
+        )
+    path = _checkpoint_file(Path(source))
+    with contextlib.ExitStack() as stack:
+        if path.name.endswith(".index.json"):
+            yield _open_shards(path, stack)
+        else:
+            yield _open_file(path, stack)
+
+
+def _checkpoint_file(path: Path) -> Path:
+    """Returns the file to read for `path`, which may be a directory."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: pass the path of a checkpoint.")
+    if not path.is_dir():
+        return path
+    # Where a directory has a checkpoint in both formats, they are the same weights.
+    for suffix in ("safetensors.index.json", "bin.index.json", "safetensors", "bin"):
+        found = sorted(path.glob(f"*.{suffix}"))
+        preferred = [file for file in found if file.name in {f"model.{suffix}", f"pytorch_model.{suffix}"}]
+        if len(preferred or found) == 1:
+            return (preferred or found)[0]
+        if found:
+            names = ", ".join(file.name for file in found[:4])
+            raise StoreError(
+                f"{path} has {len(found)} checkpoints ({names}{', ...' if len(found) > 4 else ''}): pass one of them."
+            )
+    raise StoreError(
+        f"{path} has no checkpoint: expected model.safetensors, pytorch_model.bin or an index of shards (*.index.json)."
+    )
+
+
+def _open_file(path: Path, stack: contextlib.ExitStack) -> Source:
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path, stack)
+    if path.suffix in _TORCH_SUFFIXES:
+        return _open_torch(path)
+    raise StoreError(
+        f"cannot tell what {path} is: expected .safetensors, .index.json, {', '.join(sorted(_TORCH_SUFFIXES))} "
+        "or a directory with one of them."
+    )
+
+
+def _open_shards(index: Path, stack: contextlib.ExitStack) -> Source:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        files = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{index} is not the index of a checkpoint: it has no weight_map.") from error
+    missing = sorted({file for file in files.values() if not (index.parent / file).is_file()})
+    if missing:
+        raise StoreError(
+            f"{index} names {len(set(files.values()))} shards and {len(missing)} are missing, the first {missing[0]}: "
+            "download them again."
+        )
+    return _Shards(index, files, stack).source()
+
+
+class _Shards:
+    """The files of a sharded checkpoint, with one of them open at a time."""
+
+    def __init__(self, index: Path, files: dict[str, str], stack: contextlib.ExitStack) -> None:
+        self._index = index
+        # File by file, so that each is opened once.
+        self._files = dict(sorted(files.items(), key=lambda item: item[1]))
+        self._open: tuple[str, Source] | None = None
+        self._stack = stack.enter_context(contextlib.ExitStack())
+
+    def source(self) -> Source:
+        """Opens every shard once, to learn what is in it."""
+        aliases: dict[str, str] = {}
+        sizes: dict[str, tuple[int, torch.dtype]] | None = {}
+        for file in dict.fromkeys(self._files.values()):
+            shard = self._shard(file)
+            wanted = [name for name, home in self._files.items() if home == file]
+            absent = [name for name in wanted if name not in shard.names]
+            if absent:
+                raise StoreError(
+                    f"{self._index} places {absent[0]!r} in {file}, which has no such tensor: download it again."
+                )
+            first: dict[str, str] = {}
+            for name in wanted:
+                # A name that the index leaves out cannot be an alias's target.
+                target = first.setdefault(shard.aliases.get(name, name), name)
+                if target != name:
+                    aliases[name] = target
+            if sizes is not None and shard.sizes is not None:
+                sizes |= {name: shard.sizes[shard.aliases.get(name, name)] for name in wanted}
+        return Source(tuple(self._files), self._fetch, aliases, sizes, lambda tensor: self._release(tensor))
+
+    def _shard(self, file: str) -> Source:
+        if self._open is None or self._open[0] != file:
+            self._open = None
+            self._stack.close()
+            self._open = file, _open_file(self._index.parent / file, self._stack)
+        return self._open[1]
+
+    def _fetch(self, name: str) -> torch.Tensor:
+        shard = self._shard(self._files[name])
+        return shard.fetch(shard.aliases.get(name, name))
+
+    def _release(self, tensor: torch.Tensor) -> None:
+        if self._open is not None:
+            self._open[1].release(tensor)
+
+
+def _open_mapping(source: Mapping[str, torch.Tensor]) -> Source:
+    names = _checked_names(source)
+
+    def fetch(name: str) -> torch.Tensor:
+        return check_tensor(name, source[name])
+
+    # A dict holds its tensors. Any other mapping may make them on demand, and then memory that two of them have had
+    # one after the other means nothing.
+    if not isinstance(source, dict) or type(source).__getitem__ is not dict.__getitem__:
+        return Source(names, fetch)
+    tensors = {name: check_tensor(name, source[name]) for name in names}
+    return Source(names, fetch, _find_ties(tensors), _sizes(tensors))
+
+
+def _checked_names(source: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    for name in source:
+        if not isinstance(name, str):
+            raise TypeError(f"names of weights are strings; got {name!r}.")
+    return tuple(source)
+
+
+def check_tensor(name: str, value: object) -> torch.Tensor:
+    """Returns `value` without its history, if it is a tensor with plain values."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{name!r} is a {type(value).__name__}, not a tensor: pass a mapping that has tensors only."
+        )
+    if value.device.type == "meta":
+        raise TypeError(f"{name!r} is on the meta device and has no values: load the checkpoint first.")
+    if value.layout != torch.strided or value.is_quantized:
+        kind = "quantised" if value.is_quantized else dtype_layout(value)
+        raise TypeError(f"{name!r} is {kind}, which cannot be stored: convert it to a dense tensor first.")
+    return value.detach()
+
+
+def dtype_layout(value: torch.Tensor) -> str:
+    """Returns the layout of a sparse tensor in words."""
+    return str(value.layout).removeprefix("torch.").replace("_", " ")
+
+
+def _find_ties(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Returns the names of tensors that are the same values of the same memory as an earlier one."""
+    first: dict[Hashable, str] = {}
+    aliases = {}
+    for name, tensor in tensors.items():
+        key = _memory_key(tensor)
+        target = name if key is None else first.setdefault(key, name)
+        if target != name:
+            aliases[name] = target
+    return aliases
+
+
+def _memory_key(tensor: torch.Tensor) -> Hashable | None:
+    try:
+        start = tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # wrapper subclasses have no storage of their own
+        return None
+    if not start or not tensor.nbytes:
+        return None
+    geometry = (tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+    return (start, tensor.device, geometry, tensor.is_conj(), tensor.is_neg())
+
+
+def _sizes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, torch.dtype]]:
+    return {name: (tensor.numel(), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _open_torch(path: Path) -> Source:
+    # Files of before torch 1.6 are not zip files and cannot be mapped: they are loaded whole.
+    is_mapped = zipfile.is_zipfile(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=is_mapped, weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StoreError(
+            f"cannot load {path}: {reason}. A truncated file has to be downloaded again; one that holds more than "
+            "tensors has to be loaded with torch.load and passed as a state_dict."
+        ) from error
+    tensors = _unwrap(path, loaded)
+    values = {name: check_tensor(name, value) for name, value in tensors.items()}
+
+    def release(tensor: torch.Tensor) -> None:
+        _forget_pages(tensor)
+        with open(path, "rb") as file, contextlib.suppress(OSError, AttributeError):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    return Source(
+        tuple(values),
+        values.__getitem__,
+        _find_ties(values),
+        _sizes(values),
+        release if is_mapped else lambda tensor: None,
+    )
+
+
+def _unwrap(path: Path, loaded: object) -> Mapping[str, torch.Tensor]:
+    """Returns the weights of what a torch file holds: itself, or its entry "state_dict" or "model"."""
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, Mapping):
+        raise StoreError(
+            f"{path} holds a {type(loaded).__name__}, not a state_dict: pass a file of module.state_dict()."
+        )
+    others = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise TypeError(
+            f"{path} holds {len(others)} entries that are not tensors, the first {others[0]!r}: "
+            "load it with torch.load and pass the mapping of its tensors."
+        )
+    _checked_names(loaded)
+    return loaded
+
+
+def _forget_pages(tensor: torch.Tensor) -> None:
+    """Takes the pages of a mapped file that hold `tensor` out of memory; they would be read from the file again."""
+    storage = tensor.untyped_storage()
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    n_bytes = storage.data_ptr() + storage.nbytes() - start
+    if n_bytes > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(n_bytes), mmap.MADV_DONTNEED)
+
+
+def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> Source:
+    """Opens a file as https://huggingface.co/docs/safetensors describes it: length, JSON header, values."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    entries, start = _safetensors_header(path, fd)
+
+    def fetch(name: str) -> torch.Tensor:
+        dtype, shape, begin, end = entries[name]
+        tensor = torch.empty(end - begin, dtype=torch.uint8)
+        _pread_into(path, fd, name, tensor, start + begin)
+        return tensor.view(dtype).reshape(shape)
+
+    def release(tensor: torch.Tensor) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    sizes = {name: (math.prod(shape), dtype) for name, (dtype, shape, _, _) in entries.items()}
+    return Source(tuple(entries), fetch, {}, sizes, release)
+
+
+_Entry = tuple[torch.dtype, tuple[int, ...], int, int]
+
+
+def _safetensors_header(path: Path, fd: int) -> tuple[dict[str, _Entry], int]:
+    size = os.fstat(fd).st_size
+    length = int.from_bytes(os.pread(fd, 8, 0), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise StoreError(
+            f"{path} is not a safetensors file, or its beginning is lost: it has {size} bytes and announces a header "
+            f"of {length}. Download it again."
+        )
+    try:
+        header: dict[str, Any] = json.loads(os.pread(fd, length, 8))
+        header.pop("__metadata__", None)
+        entries = {name: _entry(path, name, value) for name, value in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(
+            f"{path} is not a safetensors file: its header is not what the format says."
+        ) from error
+    position = 0
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if begin != position:
+            raise StoreError(f"{path} is damaged: {name!r} begins at byte {begin} and should at {position}.")
+        position = end
+        if 8 + length + end > size:
+            whole = 8 + length + max(entry[3] for entry in entries.values())
+            raise CorruptWeightError(
+                f"{path} is truncated: it has {size} of {whole} bytes, and {name!r} is cut off. Download it again.",
+                name=name,
+                file=str(path),
+            )
+    return entries, 8 + length
+
+
+def _entry(path: Path, name: str, value: dict[str, Any]) -> _Entry:
+    dtype = getattr(torch, _SAFETENSORS_DTYPES.get(value["dtype"], ""), None)
+    if not isinstance(dtype, torch.dtype):
+        raise StoreError(f"{path}: {name!r} has dtype {value['dtype']}, which litrt cannot store.")
+    shape = tuple(int(extent) for extent in value["shape"])
+    begin, end = value["data_offsets"]
+    if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
+        raise StoreError(
+            f"{path} is damaged: {name!r} of shape {shape} and dtype {value['dtype']} takes "
+            f"{math.prod(shape) * dtype.itemsize} bytes, and the header gives it {end - begin}."
+        )
+    return dtype, shape, begin, end
+
+
+def _pread_into(path: Path, fd: int, name: str, tensor: torch.Tensor, position: int) -> None:
+    view = tensor.numpy().data
+    while len(view):
+        n_read = os.preadv(fd, [view], position)
+        if n_read == 0:
+            raise CorruptWeightError(
+                f"{path} is truncated at byte {position}, inside {name!r}. Download it again.",
+                name=name,
+                file=str(path),
+            )
+        position += n_read
+        view = view[n_read:]

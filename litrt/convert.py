@@ -1,0 +1,292 @@
+"""Writes a checkpoint as a store: one tensor at a time, one chunk at a time, complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import zarr
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.storage import LocalStore
+
+from litrt.checkpoint import Source, SourceLike, open_source
+from litrt.errors import StoreError
+from litrt.store import (
+    FORMAT,
+    Store,
+    array_dtype,
+    chunk_shape,
+    dtype_name,
+    lead_axis,
+    node_name,
+    open_store,
+)
+from litrt.units import format_bytes
+
+_CODECS = ("lz4", "zstd")
+
+
+def convert(
+    source: SourceLike,
+    store: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    compress: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Store:
+    """Writes the weights of `source` to a new store, and opens it.
+
+    Values are kept bit for bit. Holds one tensor at a time, and at most twice the bytes of the largest; only torch
+    files of before torch 1.6 have to be loaded whole. The store is written to `<store>.partial` beside it and renamed
+    when it is complete and on disk.
+
+    Args:
+        source: A `state_dict`; any other mapping of names to tensors, of which each is fetched once and dropped
+            before the next; a `.safetensors` file; a `.bin`, `.pt`, `.pth` or `.ckpt` file of tensors; the directory
+            or the `.index.json` of a sharded checkpoint. Tensors that share their memory in a `dict` or a torch file
+            are stored once.
+        store: Directory to write.
+        dtype: Casts floating tensors, and no others, to this dtype.
+        compress: None, "lz4" or "zstd": lossless, and read through zarr-python, which is slower than most disks.
+        overwrite: Replaces the store that is there, once the new one is complete.
+        progress: Shows a line of progress on stderr, if that is a terminal.
+
+    Raises:
+        StoreError: If `store` exists, cannot be written or would not fit on the disk, or if `source` is not a
+            checkpoint.
+        CorruptWeightError: If a file of `source` is truncated.
+        FileNotFoundError: If there is no file `source`.
+        TypeError: If `source` is not a checkpoint, or holds something else than plain tensors.
+        ValueError: If `dtype` or `compress` is not one of those above.
+    """
+    cast = _floating_dtype(dtype)
+    if compress is not None and compress not in _CODECS:
+        raise ValueError(f"cannot compress with {compress!r}: use None, 'lz4' or 'zstd'.")
+    target = Path(os.path.abspath(_local_path(store)))
+    _check_target(target, os.fspath(store), overwrite)
+    partial = target.with_name(f"{target.name}.partial")
+    with open_source(source) as opened:
+        if partial.exists():
+            shutil.rmtree(partial)  # what an interrupted conversion left
+        total_bytes = _total_bytes(opened, cast)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if total_bytes is not None and compress is None:
+            _check_space(target, total_bytes)
+        try:
+            with _Progress(target.name, total_bytes, shown=progress) as bar:
+                _write_store(opened, partial, cast, compress, bar)
+            _publish(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return open_store(store)
+
+
+def _floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or array_dtype(found) is None:
+        raise ValueError(
+            f"cannot cast weights to {dtype!r}: use a floating dtype such as 'bfloat16' or 'float16'."
+        )
+    return found
+
+
+def _local_path(store: str | os.PathLike[str]) -> str:
+    path = os.fspath(store)
+    if "://" in path:
+        raise StoreError(f"cannot write to {path}: convert to a local directory, and copy that.")
+    return path
+
+
+def _check_target(target: Path, label: str, overwrite: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise StoreError(f"{label} exists: choose another path, or pass overwrite=True to replace it.")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / "zarr.json").is_file()):
+        raise StoreError(
+            f"{label} exists and is not a store, so that it is not overwritten: choose another path."
+        )
+
+
+def _total_bytes(source: Source, cast: torch.dtype | None) -> int | None:
+    if source.sizes is None:
+        return None
+    return sum(
+        n_elements * (cast if cast is not None and dtype.is_floating_point else dtype).itemsize
+        for name, (n_elements, dtype) in source.sizes.items()
+        if name not in source.aliases
+    )
+
+
+def _check_space(target: Path, total_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(target.parent).free
+    if free_bytes < total_bytes:
+        raise StoreError(
+            f"{target} needs {format_bytes(total_bytes)} and the disk has {format_bytes(free_bytes)} free: "
+            "free some, or choose a path on another disk."
+        )
+
+
+def _write_store(
+    source: Source, partial: Path, cast: torch.dtype | None, compress: str | None, bar: _Progress
+) -> None:
+    header = {"format": FORMAT, "complete": False, "tensors": list(source.names), "aliases": source.aliases}
+    group = zarr.create_group(LocalStore(partial), zarr_format=3, attributes={"litrt": header})
+    flushed: Future[None] | None = None
+    # One thread puts an array on disk while the next is written: the page cache never holds much of the store.
+    with ThreadPoolExecutor(1) as flusher:
+        for name in source.names:
+            if name not in source.aliases:
+                _write_tensor(group, source, name, cast, compress, bar)
+                if flushed is not None:
+                    flushed.result()
+                flushed = flusher.submit(_flush, partial / node_name(name))
+        if flushed is not None:
+            flushed.result()
+    group.update_attributes({"litrt": {**header, "complete": True}})
+    for file in (partial / "zarr.json", partial):
+        _fsync(file)
+
+
+def _write_tensor(
+    group: zarr.Group,
+    source: Source,
+    name: str,
+    cast: torch.dtype | None,
+    compress: str | None,
+    bar: _Progress,
+) -> None:
+    tensor = source.fetch(name)
+    dtype = cast if cast is not None and tensor.is_floating_point() else tensor.dtype
+    stored = array_dtype(dtype)
+    if stored is None:
+        raise TypeError(
+            f"{name!r} has dtype {dtype}, which litrt cannot store: convert it to another dtype first."
+        )
+    shape = tuple(tensor.shape)
+    chunks = chunk_shape(shape, dtype.itemsize)
+    array = group.create_array(
+        node_name(name),
+        shape=shape,
+        chunks=chunks,
+        dtype=stored,
+        fill_value=False if stored == "bool" else 0,
+        filters=None,
+        serializer=BytesCodec(endian="little"),
+        compressors=_codecs(compress, dtype.itemsize),
+        attributes={"litrt": {"name": name, "torch_dtype": dtype_name(dtype)}},
+        # A chunk that is missing is an error, so that one of zeros has to be there.
+        config={"write_empty_chunks": True},
+    )
+    if not shape:
+        array[()] = _values(name, tensor, dtype, stored)
+        bar.add(dtype.itemsize)
+    elif tensor.numel():
+        axis = lead_axis(shape)
+        for first in range(0, shape[axis], chunks[axis]):
+            rows = min(chunks[axis], shape[axis] - first)
+            block = _values(name, tensor.narrow(axis, first, rows), dtype, stored)
+            place: list[slice] = [slice(None)] * len(shape)
+            place[axis] = slice(first, first + rows)
+            array[tuple(place)] = block
+            bar.add(block.nbytes)
+    source.release(tensor)
+
+
+def _codecs(compress: str | None, itemsize: int) -> list[Any]:
+    if compress is None:
+        return [Crc32cCodec()]
+    blosc = BloscCodec(typesize=itemsize, cname=compress, clevel=5, shuffle="bitshuffle")  # type: ignore[arg-type]
+    return [blosc, Crc32cCodec()]
+
+
+def _values(name: str, block: torch.Tensor, dtype: torch.dtype, stored: str) -> npt.NDArray[Any]:
+    """Returns the bits of `block`, cast to `dtype`, as an array of the dtype that Zarr stores them in."""
+    try:
+        dense = block.to(device="cpu", dtype=dtype).resolve_conj().resolve_neg().contiguous()
+        bits = dense.reshape(-1).view(torch.uint8).numpy()
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        kind = type(block).__name__
+        raise TypeError(f"cannot read the values of {name!r}, a {kind} of {block.dtype}: {error}") from error
+    return bits.view(np.dtype(stored)).reshape(tuple(block.shape))
+
+
+def _flush(directory: Path) -> None:
+    """Puts the files of an array on disk, and out of the page cache."""
+    for parent, _, files in os.walk(directory):
+        for file in files:
+            _fsync(Path(parent, file))
+        _fsync(Path(parent))
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+        with contextlib.suppress(OSError, AttributeError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Gives the complete store its name. A store that has the name keeps it as `<name>.old` until then."""
+    old = target.with_name(f"{target.name}.old")
+    if target.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        target.rename(old)
+        try:
+            partial.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        shutil.rmtree(old)
+    else:
+        partial.rename(target)
+    _fsync(target.parent)
+
+
+class _Progress:
+    """One line on stderr, rewritten as bytes are written."""
+
+    def __init__(self, label: str, total_bytes: int | None, *, shown: bool) -> None:
+        self._label = label
+        self._total_bytes = total_bytes
+        self._shown = shown and sys.stderr is not None and sys.stderr.isatty()
+        self._done_bytes = 0
+        self._start_s = self._shown_s = time.monotonic()
+
+    def add(self, n_bytes: int) -> None:
+        """Counts bytes that were written; shows them ten times a second at most."""
+        self._done_bytes += n_bytes
+        if self._shown and time.monotonic() - self._shown_s > 0.1:
+            self._show()
+
+    def _show(self) -> None:
+        self._shown_s = time.monotonic()
+        rate_bps = self._done_bytes / max(self._shown_s - self._start_s, 1e-3)
+        total = "" if self._total_bytes is None else f" of {format_bytes(self._total_bytes)}"
+        line = f"{self._label}: {format_bytes(self._done_bytes)}{total}, {format_bytes(rate_bps)}/s"
+        print(f"\r{line:<70}", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            self._show()
+            print(file=sys.stderr)
