@@ -1,0 +1,45 @@
+"""Run PyTorch models larger than memory, inside a byte budget that you choose, bit-identical to the plain model.
+
+    import litrt
+
+    litrt.convert("model.safetensors", "model.zarr")
+    with litrt.Runtime(model_ctor, "model.zarr", budget="6GB") as rt:
+        rt.warmup(sample_input)
+        y = rt(x)
+"""
+
+from litrt.convert import convert
+from litrt.errors import (
+    BudgetError,
+    ClosedError,
+    CorruptWeightError,
+    LitrtError,
+    SkeletonError,
+    StoreError,
+    TraceMismatchError,
+    WeightNotFoundError,
+    WeightWriteError,
+)
+from litrt.plan import Plan
+from litrt.runtime import Runtime
+from litrt.stats import Stats
+from litrt.store import Store, TensorInfo, open_store
+
+__all__ = [
+    "BudgetError",
+    "ClosedError",
+    "CorruptWeightError",
+    "LitrtError",
+    "Plan",
+    "Runtime",
+    "SkeletonError",
+    "Stats",
+    "Store",
+    "StoreError",
+    "TensorInfo",
+    "TraceMismatchError",
+    "WeightNotFoundError",
+    "WeightWriteError",
+    "convert",
+    "open_store",
+]

@@ -85,8 +85,8 @@ def open_source(source: SourceLike) -> Iterator[Source]:
         return
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
-            f"cannot convert {type(source).__name__}: pass a state_dict, another mapping of names to tensors, "
-            "or the path of a checkpoint."
+            f"cannot convert {type(source).__name__}: pass a state_dict, another mapping of names to tensors, or "
+            "the path of a checkpoint."
         )
     path = _checkpoint_file(Path(source))
     with contextlib.ExitStack() as stack:
@@ -109,12 +109,11 @@ def _checkpoint_file(path: Path) -> Path:
         if len(preferred or found) == 1:
             return (preferred or found)[0]
         if found:
-            names = ", ".join(file.name for file in found[:4])
-            raise StoreError(
-                f"{path} has {len(found)} checkpoints ({names}{', ...' if len(found) > 4 else ''}): pass one of them."
-            )
+            names = ", ".join([file.name for file in found[:4]] + ["..."] * (len(found) > 4))
+            raise StoreError(f"{path} has {len(found)} checkpoints ({names}): pass one of them.")
     raise StoreError(
-        f"{path} has no checkpoint: expected model.safetensors, pytorch_model.bin or an index of shards (*.index.json)."
+        f"{path} has no checkpoint: expected model.safetensors, pytorch_model.bin or an index of shards "
+        "(*.index.json)."
     )
 
 
@@ -124,8 +123,8 @@ def _open_file(path: Path, stack: contextlib.ExitStack) -> Source:
     if path.suffix in _TORCH_SUFFIXES:
         return _open_torch(path)
     raise StoreError(
-        f"cannot tell what {path} is: expected .safetensors, .index.json, {', '.join(sorted(_TORCH_SUFFIXES))} "
-        "or a directory with one of them."
+        f"cannot tell what {path} is: expected .safetensors, .index.json, "
+        f"{', '.join(sorted(_TORCH_SUFFIXES))} or a directory with one of them."
     )
 
 
@@ -138,8 +137,8 @@ def _open_shards(index: Path, stack: contextlib.ExitStack) -> Source:
     missing = sorted({file for file in files.values() if not (index.parent / file).is_file()})
     if missing:
         raise StoreError(
-            f"{index} names {len(set(files.values()))} shards and {len(missing)} are missing, the first {missing[0]}: "
-            "download them again."
+            f"{index} names {len(set(files.values()))} shards and {len(missing)} are missing, the first "
+            f"{missing[0]}: download them again."
         )
     return _Shards(index, files, stack).source()
 
@@ -164,7 +163,8 @@ class _Shards:
             absent = [name for name in wanted if name not in shard.names]
             if absent:
                 raise StoreError(
-                    f"{self._index} places {absent[0]!r} in {file}, which has no such tensor: download it again."
+                    f"{self._index} places {absent[0]!r} in {file}, which has no such tensor: "
+                    "download it again."
                 )
             first: dict[str, str] = {}
             for name in wanted:
@@ -198,8 +198,8 @@ def _open_mapping(source: Mapping[str, torch.Tensor]) -> Source:
     def fetch(name: str) -> torch.Tensor:
         return check_tensor(name, source[name])
 
-    # A dict holds its tensors. Any other mapping may make them on demand, and then memory that two of them have had
-    # one after the other means nothing.
+    # A dict holds its tensors. Any other mapping may make them on demand, and then memory that two of them
+    # have had one after the other means nothing.
     if not isinstance(source, dict) or type(source).__getitem__ is not dict.__getitem__:
         return Source(names, fetch)
     tensors = {name: check_tensor(name, source[name]) for name in names}
@@ -267,14 +267,16 @@ def _open_torch(path: Path) -> Source:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StoreError(
-            f"cannot load {path}: {reason}. A truncated file has to be downloaded again; one that holds more than "
-            "tensors has to be loaded with torch.load and passed as a state_dict."
+            f"cannot load {path}: {reason}. A truncated file has to be downloaded again; one that holds more "
+            "than tensors has to be loaded with torch.load and passed as a state_dict."
         ) from error
     tensors = _unwrap(path, loaded)
     values = {name: check_tensor(name, value) for name, value in tensors.items()}
 
+    mapped = _mapped_ranges(path)
+
     def release(tensor: torch.Tensor) -> None:
-        _forget_pages(tensor)
+        _forget_pages(tensor, mapped)
         with open(path, "rb") as file, contextlib.suppress(OSError, AttributeError):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -307,14 +309,28 @@ def _unwrap(path: Path, loaded: object) -> Mapping[str, torch.Tensor]:
     return loaded
 
 
-def _forget_pages(tensor: torch.Tensor) -> None:
-    """Takes the pages of a mapped file that hold `tensor` out of memory; they would be read from the file again."""
+def _mapped_ranges(path: Path) -> list[tuple[int, int]]:
+    """Returns the addresses at which this process has `path` mapped; none where the system does not say."""
+    ranges = []
+    with contextlib.suppress(OSError), open("/proc/self/maps") as maps:
+        for line in maps:
+            addresses, *_, file = line.rstrip("\n").split(maxsplit=5)
+            if file == os.path.realpath(path):
+                start, _, end = addresses.partition("-")
+                ranges.append((int(start, 16), int(end, 16)))
+    return ranges
+
+
+def _forget_pages(tensor: torch.Tensor, mapped: list[tuple[int, int]]) -> None:
+    """Takes the pages that hold `tensor` out of memory; if they are used again, they are read from the file again.
+
+    Only pages of a mapped file may be dropped: any others would be zeros afterwards.
+    """
     storage = tensor.untyped_storage()
-    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    n_bytes = storage.data_ptr() + storage.nbytes() - start
-    if n_bytes > 0 and hasattr(mmap, "MADV_DONTNEED"):
-        madvise = ctypes.CDLL(None).madvise
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(n_bytes), mmap.MADV_DONTNEED)
+    start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    start, end = start - start % mmap.PAGESIZE, end - end % mmap.PAGESIZE
+    if start < end and any(low <= start and end <= high for low, high in mapped):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> Source:
@@ -345,8 +361,8 @@ def _safetensors_header(path: Path, fd: int) -> tuple[dict[str, _Entry], int]:
     length = int.from_bytes(os.pread(fd, 8, 0), "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
         raise StoreError(
-            f"{path} is not a safetensors file, or its beginning is lost: it has {size} bytes and announces a header "
-            f"of {length}. Download it again."
+            f"{path} is not a safetensors file, or its beginning is lost: it has {size} bytes and announces a "
+            f"header of {length}. Download it again."
         )
     try:
         header: dict[str, Any] = json.loads(os.pread(fd, length, 8))
@@ -366,7 +382,8 @@ def _safetensors_header(path: Path, fd: int) -> tuple[dict[str, _Entry], int]:
         if 8 + length + end > size:
             whole = 8 + length + max(entry[3] for entry in entries.values())
             raise CorruptWeightError(
-                f"{path} is truncated: it has {size} of {whole} bytes, and {name!r} is cut off. Download it again.",
+                f"{path} is truncated: it has {size} of {whole} bytes, and {name!r} is cut off. "
+                "Download it again.",
                 name=name,
                 file=str(path),
             )

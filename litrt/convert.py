@@ -46,18 +46,19 @@ def convert(
 ) -> Store:
     """Writes the weights of `source` to a new store, and opens it.
 
-    Values are kept bit for bit. Holds one tensor at a time, and at most twice the bytes of the largest; only torch
-    files of before torch 1.6 have to be loaded whole. The store is written to `<store>.partial` beside it and renamed
-    when it is complete and on disk.
+    Values are kept bit for bit. Holds one tensor at a time, and at most twice the bytes of the largest; only
+    torch files of before torch 1.6 have to be loaded whole. The store is written to `<store>.partial` beside
+    it and renamed when it is complete and on disk.
 
     Args:
-        source: A `state_dict`; any other mapping of names to tensors, of which each is fetched once and dropped
-            before the next; a `.safetensors` file; a `.bin`, `.pt`, `.pth` or `.ckpt` file of tensors; the directory
-            or the `.index.json` of a sharded checkpoint. Tensors that share their memory in a `dict` or a torch file
-            are stored once.
+        source: A `state_dict`; any other mapping of names to tensors, of which each is fetched once and
+            dropped before the next; a `.safetensors` file; a `.bin`, `.pt`, `.pth` or `.ckpt` file of
+            tensors; the directory or the `.index.json` of a sharded checkpoint. Tensors that share their
+            memory in a `dict` or a torch file are stored once.
         store: Directory to write.
         dtype: Casts floating tensors, and no others, to this dtype.
-        compress: None, "lz4" or "zstd": lossless, and read through zarr-python, which is slower than most disks.
+        compress: None, "lz4" or "zstd": lossless, and read through zarr-python, which is slower than most
+            disks.
         overwrite: Replaces the store that is there, once the new one is complete.
         progress: Shows a line of progress on stderr, if that is a terminal.
 
@@ -146,7 +147,7 @@ def _write_store(
     header = {"format": FORMAT, "complete": False, "tensors": list(source.names), "aliases": source.aliases}
     group = zarr.create_group(LocalStore(partial), zarr_format=3, attributes={"litrt": header})
     flushed: Future[None] | None = None
-    # One thread puts an array on disk while the next is written: the page cache never holds much of the store.
+    # One thread puts an array on disk while the next is written: the page cache never holds much of them.
     with ThreadPoolExecutor(1) as flusher:
         for name in source.names:
             if name not in source.aliases:

@@ -1,8 +1,8 @@
 """Reads the bytes of weights into memory that the caller owns, and checks every one of them.
 
-Two ways, with the same results. A chunk of a local, uncompressed store is a file that holds the values and their
-crc32c: it is read straight into place, past the page cache where the file system allows that, because a budget inside
-a container counts the page cache too. Everything else is read through zarr-python.
+Two ways, with the same results. A chunk of a local, uncompressed store is a file that holds the values and
+their crc32c: it is read straight into place, past the page cache where the file system allows that, because a
+budget inside a container counts the page cache too. Everything else is read through zarr-python.
 """
 
 from __future__ import annotations
@@ -60,22 +60,24 @@ class Piece:
 class Reader:
     """Reads pieces of the tensors of a store.
 
-    Threads: any number may call any method at the same time; the reader starts none. The only state they share is
-    what was found out about the store, which is only ever added to.
+    Threads: any number may call any method at the same time; the reader starts none. The only state they
+    share is what was found out about the store, which is only ever added to.
 
     Args:
         store: What to read.
 
     Attributes:
-        scratch_bytes_per_task: Bytes that one call of `read` needs beside its destination, at worst in this store.
+        scratch_bytes_per_task: Bytes that one call of `read` needs beside its destination, at worst in this
+            store.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        infos = {info.name: info for info in store.values()}.values()
+        infos = list({info.name: info for info in store.values()}.values())
         decoded = [info.chunk_bytes for info in infos if info.nbytes and not info.direct]
         # Through zarr-python: a chunk as it is stored, at most a little larger than decoded, and decoded.
-        self.scratch_bytes_per_task = 2 * max(decoded) + len(_ZEROS) if decoded else _SCRATCH_BYTES
+        direct = any(info.direct and info.nbytes >= DIRECT_MIN_BYTES for info in infos)
+        self.scratch_bytes_per_task = 2 * max(decoded) + len(_ZEROS) if decoded else _SCRATCH_BYTES * direct
         self._pieces: dict[str, tuple[Piece, ...]] = {}
         self._arrays: dict[str, zarr.Array[zarr.core.metadata.ArrayV3Metadata]] = {}
         self._scratch = threading.local()
@@ -91,7 +93,7 @@ class Reader:
         pieces = self._pieces.get(info.name)
         if pieces is None:
             # Two threads may both make them; they are equal, so the second changes nothing.
-            pieces = self._pieces[info.name] = tuple(_cut(info, self.store.path))
+            pieces = self._pieces[info.name] = tuple(_cut(info, self.store.root))
         return pieces
 
     def read(self, piece: Piece, dest: Bytes) -> None:
@@ -99,17 +101,18 @@ class Reader:
 
         Args:
             piece: One of `pieces`.
-            dest: The bytes of the whole tensor, contiguous. Nothing outside the piece is written. Large pieces are
-                read fastest where they begin at a multiple of 4096 bytes in memory.
+            dest: The bytes of the whole tensor, contiguous. Nothing outside the piece is written. Large
+                pieces are read fastest where they begin at a multiple of 4096 bytes in memory.
 
         Raises:
-            CorruptWeightError: If the chunk is missing, short, unreadable or fails its checksum. What `dest` then
-                holds of the piece is undefined.
+            CorruptWeightError: If the chunk is missing, short, unreadable or fails its checksum. What `dest`
+                then holds of the piece is undefined.
         """
         info = self.store[piece.name]
         if dest.dtype != np.uint8 or dest.shape != (info.nbytes,) or not dest.flags.c_contiguous:
             raise ValueError(
-                f"{piece.name!r} is read into {info.nbytes} contiguous bytes; got shape {dest.shape} of {dest.dtype}."
+                f"{piece.name!r} is read into {info.nbytes} contiguous bytes; "
+                f"got shape {dest.shape} of {dest.dtype}."
             )
         part = dest[piece.offset : piece.offset + piece.nbytes]
         try:
@@ -147,7 +150,7 @@ class Reader:
         self.store.close()
 
     def _try_direct(self, piece: Piece, part: Bytes, chunk_bytes: int) -> bool:
-        """Reads past the page cache; returns False where this piece or this file system does not allow that."""
+        """Reads past the page cache; returns False where the piece or the file system does not allow that."""
         if not self._direct_io or piece.nbytes < DIRECT_MIN_BYTES or part.ctypes.data % ALIGN_BYTES:
             return False
         try:
@@ -161,7 +164,7 @@ class Reader:
             _check_size(fd, piece, chunk_bytes)
             scratch = self._scratch_memory()
             n_whole = piece.nbytes - piece.nbytes % ALIGN_BYTES
-            # One request for the values, with the tail, the padding and the checksum in scratch where they fit.
+            # One request for the values; the tail, and the padding and the checksum if they fit, go to scratch.
             if not _fill_direct(fd, [part[:n_whole].data, scratch.data], chunk_bytes + CRC_BYTES):
                 return False
             part[n_whole:] = scratch[: piece.nbytes - n_whole]
@@ -218,7 +221,7 @@ class Reader:
             array.get_basic_selection(tuple(source), out=NDBuffer.from_numpy_array(band[place]))
 
 
-def _cut(info: TensorInfo, root: str) -> list[Piece]:
+def _cut(info: TensorInfo, root: str | None) -> list[Piece]:
     if not info.nbytes:
         return []
     axis = lead_axis(info.shape)
@@ -227,11 +230,11 @@ def _cut(info: TensorInfo, root: str) -> list[Piece]:
     pieces = []
     for index, first in enumerate(range(0, rows, info.chunk_rows)):
         file = info.path
-        if info.direct:
+        if info.direct and root is not None:
             indices = ["0"] * len(info.shape)
             if indices:
                 indices[axis] = str(index)
-            file = os.path.abspath(os.path.join(root, info.path, "c", *indices))
+            file = os.path.join(root, info.path, "c", *indices)
         n_rows = min(info.chunk_rows, rows - first)
         pieces.append(Piece(info.name, first * row_bytes, n_rows * row_bytes, file, index))
     return pieces
@@ -244,7 +247,7 @@ def _check_size(fd: int, piece: Piece, chunk_bytes: int) -> None:
 
 
 def _fill_direct(fd: int, buffers: list[memoryview], end: int, start: int = 0) -> bool:
-    """Fills `buffers` from `start` to `end` of the file, or to their own end; False if a read stopped in between."""
+    """Fills `buffers` from `start` of the file, up to `end` or their own end; False if it stopped before."""
     end = min(end, start + sum(map(len, buffers)))
     position = start
     while True:
@@ -296,8 +299,8 @@ def _fill(fd: int, piece: Piece, buffers: list[memoryview], position: int) -> No
 def _verify(piece: Piece, part: Bytes, chunk_bytes: int, stored: int) -> None:
     """Checks the values in memory, and the padding of the last chunk, against the checksum in the file.
 
-    The padding is zeros, so that it need not be read to be checked; only when that fails is it read, because another
-    writer may have padded with something else.
+    The padding is zeros, so that it need not be read to be checked; only when that fails is it read, because
+    another writer may have padded with something else.
     """
     n_padding = chunk_bytes - len(part)
     values = extend_crc(0, part)
@@ -333,8 +336,8 @@ def _corrupt(piece: Piece, what: str, first: str = "", file: str | None = None) 
 def _load_crc() -> Callable[[int, Bytes], int]:
     """Returns a function that extends a crc32c over more bytes.
 
-    google_crc32c holds the interpreter lock while it runs, 2.5 ms for a chunk, which stops the thread that computes.
-    The library that it ships is the same code without Python, and ctypes lets go of the lock.
+    google_crc32c holds the interpreter lock while it runs, 2.5 ms for a chunk, which stops the thread that
+    computes. The library that it ships is the same code without Python, and ctypes lets go of the lock.
     """
 
     def extend_holding_lock(crc: int, values: Bytes) -> int:

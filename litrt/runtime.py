@@ -114,7 +114,7 @@ class Runtime:
             indices = {info.name: index for index, info in enumerate(infos)}
             placeholders = furnish(self.module, found, deferral, opened, self._pipeline, indices, served_on)
             self._residents = Residents(placeholders, self._pipeline)
-            self._pipeline.evict_resident = self._residents.evict
+            self._pipeline.cache.evict_resident = self._residents.evict
             self._hook()
         except BaseException:
             self._stop()
@@ -140,8 +140,9 @@ class Runtime:
             raise ClosedError("this runtime is closed: make a new litrt.Runtime to use its model again.")
         with self._pass_lock:
             if self._plan is not None:
-                self._pipeline.stop_plan()
+                self._pipeline.stop()
                 self._residents.evict_all()
+                self._pipeline.forget_residents()
                 self._plan = None
                 if self._unhook is None:
                     self._hook()
@@ -168,7 +169,7 @@ class Runtime:
             n_faults=counters.n_faults,
             read_bytes=counters.read_bytes,
             stall_s=counters.stall_s,
-            peak_bytes=counters.peak_bytes,
+            peak_bytes=self._pipeline.cache.peak_bytes,
             budget_bytes=max(self._budget_bytes, self._pipeline.budget_bytes),
             resident_bytes=self._pipeline.resident_bytes,
         )

@@ -1,7 +1,8 @@
-"""The store on disk: what is in it, and where. Reading the bytes is `litrt.reader`; `docs/format.md` specifies both.
+"""The store on disk: what is in it, and where. Reading the bytes is `litrt.reader`; `docs/format.md`
+specifies both.
 
-A store is a Zarr v3 group with one array per distinct tensor. A local directory is opened by reading its zarr.json
-files as JSON, which takes milliseconds; everything else is opened through zarr-python.
+A store is a Zarr v3 group with one array per distinct tensor. A local directory is opened by reading its
+zarr.json files as JSON, which takes milliseconds; everything else is opened through zarr-python.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def lead_axis(shape: tuple[int, ...]) -> int:
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """Returns the shape of the chunks of a new array: about 32 MiB each, along the lead axis only.
 
-    Zarr stores the last chunk at full size, so rows are shared out evenly, and rounded up to a multiple of 4096
-    bytes only where that pads the last chunk by a few per cent of the tensor at most.
+    Zarr stores the last chunk at full size, so rows are shared out evenly, and rounded up to a multiple of
+    4096 bytes only where that pads the last chunk by a few per cent of the tensor at most.
     """
     if not shape:
         return ()
@@ -105,7 +106,8 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
         # A few more and smaller chunks often leave no padding where the first choice would.
         for wanted in range(n_chunks, n_chunks + n_chunks // 4 + 2):
             aligned = -(-rows // wanted // align_rows) * align_rows
-            if -rows % aligned <= rows * _MAX_PADDING and aligned <= rows:
+            fits = aligned <= rows and aligned * row_bytes <= 2 * TARGET_CHUNK_BYTES
+            if fits and -rows % aligned <= rows * _MAX_PADDING:
                 chunk_rows = aligned
                 break
     return (1,) * axis + (chunk_rows,) + inner
@@ -128,7 +130,7 @@ def array_dtype(dtype: torch.dtype) -> str | None:
 
 
 def node_name(name: str) -> str:
-    """Returns the name of the array that holds tensor `name`: percent-escaped where Zarr or a file system object."""
+    """Returns the name of the array that holds tensor `name`: percent-escaped where Zarr needs that."""
     escaped = "".join(
         char if re.fullmatch(r"[A-Za-z0-9._-]", char) else "".join(f"%{byte:02X}" for byte in char.encode())
         for char in name
@@ -143,14 +145,15 @@ def node_name(name: str) -> str:
 class Store(Mapping[str, TensorInfo]):
     """The tensors of a complete store, by name. Made by `open_store`; any thread may use it.
 
-    Iterates over all names, aliases included, in the order they were written in. `store[alias]` is the entry of the
-    tensor that the alias stands for.
+    Iterates over all names, aliases included, in the order they were written in. `store[alias]` is the entry
+    of the tensor that the alias stands for.
 
     Attributes:
         path: Where it is, as it was given.
         aliases: Names that share the values of another name, and that other name.
         total_bytes: Bytes of the distinct tensors.
-        is_local: Whether it is a directory of this machine.
+        root: Absolute path of the directory, or None if it is not a directory that litrt reads itself.
+        is_local: Whether there is such a directory.
     """
 
     def __init__(
@@ -160,13 +163,14 @@ class Store(Mapping[str, TensorInfo]):
         infos: dict[str, TensorInfo],
         aliases: dict[str, str],
         *,
-        is_local: bool,
+        root: str | None,
         open_group: Callable[[], zarr.Group],
     ) -> None:
         self.path = path
         self.aliases = aliases
         self.total_bytes = sum(info.nbytes for info in infos.values())
-        self.is_local = is_local
+        self.root = root
+        self.is_local = root is not None
         self._by_name = {name: infos[aliases.get(name, name)] for name in names}
         self._open_group = open_group
         self._group: zarr.Group | None = None
@@ -197,7 +201,7 @@ class Store(Mapping[str, TensorInfo]):
 
     @property
     def group(self) -> zarr.Group:
-        """The Zarr group, opened when first asked for; reading a chunk that is missing raises `MissingChunkError`."""
+        """The Zarr group, opened when first asked for. Reads of missing chunks raise `MissingChunkError`."""
         with self._lock:
             if self._group is None:
                 self._group = self._open_group()
@@ -256,14 +260,15 @@ def open_store(path: str | os.PathLike[str] | ZarrStore | StorePath) -> Store:
         path: A directory, a zip file of one, a URL that zarr-python can open, or an open Zarr store.
 
     Raises:
-        StoreError: If there is no store, if it is incomplete, or if its format is newer than this version reads.
+        StoreError: If there is no store, if it is incomplete, or if its format is newer than this version
+            reads.
     """
     label = str(path) if isinstance(path, ZarrStore | StorePath) else os.fspath(path)
     local = None if isinstance(path, ZarrStore | StorePath) or "://" in label else Path(label)
     if local is not None and not local.exists():
         raise StoreError(f"{label} does not exist: make a store with litrt convert CHECKPOINT {label}.")
     if local is not None and local.is_dir() and (local / "zarr.json").is_file():
-        return _open_local(label, local)
+        return _open_local(label, local.absolute())
     if local is not None and not zipfile.is_zipfile(local) and not (local / ".zgroup").is_file():
         raise _not_a_store(label)
     if local is not None and local.suffix in {".bin", ".pt", ".pth", ".ckpt"}:
@@ -297,7 +302,7 @@ def _open_local(label: str, root: Path) -> Store:
             found = _array_info(label, name, group[0][node])
         return found
 
-    return _make_store(label, document.get("attributes", {}), info, open_group, is_local=True)
+    return _make_store(label, document.get("attributes", {}), info, open_group, root=str(root))
 
 
 def _open_zarr(label: str, path: str | os.PathLike[str] | ZarrStore | StorePath) -> Store:
@@ -329,7 +334,7 @@ def _open_zarr(label: str, path: str | os.PathLike[str] | ZarrStore | StorePath)
         listed = _litrt_attributes(group.attrs.asdict()).get("tensors", [])
         with ThreadPoolExecutor(16) as pool:
             infos = dict(zip(listed, pool.map(fetch, listed), strict=True))
-        return _make_store(label, group.attrs.asdict(), infos.get, open_group, is_local=False)
+        return _make_store(label, group.attrs.asdict(), infos.get, open_group, root=None)
     finally:
         group.store.close()
 
@@ -349,7 +354,7 @@ def _make_store(
     find: Callable[[str], TensorInfo | None],
     open_group: Callable[[], zarr.Group],
     *,
-    is_local: bool,
+    root: str | None,
 ) -> Store:
     header = _litrt_attributes(attributes)
     version, names, aliases = header.get("format"), header.get("tensors"), header.get("aliases", {})
@@ -371,7 +376,7 @@ def _make_store(
             else f"{label} is incomplete: {shortfall}. Files were deleted or a copy was interrupted: "
             "copy the store again, or run litrt convert again."
         )
-    return Store(label, names, infos, dict(aliases), is_local=is_local, open_group=open_group)
+    return Store(label, names, infos, dict(aliases), root=root, open_group=open_group)
 
 
 def _litrt_attributes(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -391,22 +396,19 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 
 def _direct_info(name: str, node: str, array: dict[str, Any]) -> TensorInfo | None:
     """Returns the entry of an array whose chunk files can be read as they are, or None for any other."""
-    shape = tuple(array.get("shape", ()))
+    shape, codecs = tuple(array.get("shape", ())), array.get("codecs")
     dtype = _torch_dtype(array.get("attributes", {}), str(array.get("data_type")))
-    grid, keys = array.get("chunk_grid", {}), array.get("chunk_key_encoding", {})
-    chunks = tuple(grid.get("configuration", {}).get("chunk_shape", ()))
-    codecs = array.get("codecs", [])
     if dtype is None or array_dtype(dtype) != array.get("data_type"):
         return None
+    if array.get("zarr_format") != 3 or array.get("storage_transformers") or not isinstance(codecs, list):
+        return None
+    grid, grid_options = _extension(array.get("chunk_grid"))
+    keys, key_options = _extension(array.get("chunk_key_encoding"))
+    chunks = tuple(grid_options.get("chunk_shape", ()))
     is_plain = (
-        array.get("node_type") == "array"
-        and array.get("zarr_format") == 3
-        and not array.get("storage_transformers")
-        and grid.get("name") == "regular"
-        and keys.get("name") == "default"
-        and keys.get("configuration", {}).get("separator", "/") == "/"
-        and [codec.get("name") for codec in codecs] == ["bytes", "crc32c"]
-        and (dtype.itemsize == 1 or codecs[0].get("configuration", {}).get("endian") == "little")
+        (grid, keys, key_options.get("separator", "/")) == ("regular", "default", "/")
+        and [_extension(codec)[0] for codec in codecs] == ["bytes", "crc32c"]
+        and (dtype.itemsize == 1 or _extension(codecs[0])[1].get("endian") == "little")
     )
     axis = lead_axis(shape)
     expected = tuple(max(extent, 1) for extent in shape)
@@ -417,6 +419,14 @@ def _direct_info(name: str, node: str, array: dict[str, Any]) -> TensorInfo | No
     return TensorInfo(name, shape, dtype, nbytes, node, chunk_rows, True, math.prod(chunks) * dtype.itemsize)
 
 
+def _extension(value: object) -> tuple[object, dict[str, Any]]:
+    """Returns the name and the configuration of a codec or grid, which may be written as a name alone."""
+    if not isinstance(value, dict):
+        return value, {}
+    options = value.get("configuration")
+    return value.get("name"), options if isinstance(options, dict) else {}
+
+
 def _array_info(label: str, name: str, array: object) -> TensorInfo:
     """Returns the entry of an array that has to be read through zarr-python."""
     if not isinstance(array, zarr.Array):
@@ -424,7 +434,8 @@ def _array_info(label: str, name: str, array: object) -> TensorInfo:
     dtype = _torch_dtype(array.attrs.asdict(), array.dtype.name)
     if dtype is None or array_dtype(dtype) != array.dtype.name:
         raise StoreError(
-            f"{label}: {name!r} has dtype {array.dtype.name}, which torch has no dtype for: run litrt convert again."
+            f"{label}: {name!r} is stored as {array.dtype.name}, which is no form of a torch dtype that litrt "
+            "knows: upgrade litrt, or run litrt convert again."
         )
     chunk_rows = array.chunks[lead_axis(array.shape)] if array.shape else 1
     chunk_bytes = math.prod(array.chunks) * dtype.itemsize

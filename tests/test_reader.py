@@ -31,7 +31,18 @@ from litrt.reader import Piece, Reader, extend_crc
 from litrt.store import open_store
 
 GUARD = 0xA5
-DTYPES = ["bool", "int8", "uint16", "int64", "float16", "float32", "float64", "complex64", "bfloat16", "float8_e5m2"]
+DTYPES = [
+    "bool",
+    "int8",
+    "uint16",
+    "int64",
+    "float16",
+    "float32",
+    "float64",
+    "complex64",
+    "bfloat16",
+    "float8_e5m2",
+]
 
 
 def page_aligned(n_bytes: int, offset: int = 0) -> npt.NDArray[np.uint8]:
@@ -51,7 +62,8 @@ def write(path: Path, values: npt.NDArray[Any], dtype: str = "", **options: Any)
         dtype=values.dtype,
         config={"write_empty_chunks": True},
         attributes={"litrt": {"name": "w", "torch_dtype": dtype or values.dtype.name}},
-        **{"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()], "filters": None} | options,
+        **{"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()], "filters": None}
+        | options,
     )
     array[...] = values
 
@@ -96,7 +108,9 @@ def arrays(draw: st.DrawFn) -> tuple[str, npt.NDArray[Any], tuple[int, ...], int
     if draw(st.integers(0, 9)) == 0:
         shape = ()
     n_bytes = int(np.prod(shape)) * np.dtype(stored).itemsize
-    raw = np.random.default_rng(draw(st.integers(0, 9))).integers(0, 2 if dtype == "bool" else 256, n_bytes, dtype=np.uint8)
+    raw = np.random.default_rng(draw(st.integers(0, 9))).integers(
+        0, 2 if dtype == "bool" else 256, n_bytes, dtype=np.uint8
+    )
     axis = next((axis for axis, extent in enumerate(shape) if extent != 1), 0)
     chunks = [max(extent, 1) for extent in shape]
     if shape:
@@ -120,7 +134,11 @@ def test_the_fast_path_reads_what_zarr_python_reads(
         guarded[:] = GUARD
         read_all(Reader(store), "w", guarded[4096 : 4096 + values.nbytes])
         expected = zarr.open_group(LocalStore(path), mode="r")["w"][...]  # type: ignore[index]
-        assert guarded[4096 : 4096 + values.nbytes].tobytes() == np.asarray(expected).tobytes() == values.tobytes()
+        assert (
+            guarded[4096 : 4096 + values.nbytes].tobytes()
+            == np.asarray(expected).tobytes()
+            == values.tobytes()
+        )
         assert (guarded[:4096] == GUARD).all()
         assert (guarded[4096 + values.nbytes :] == GUARD).all()
 
@@ -138,14 +156,22 @@ def test_chunks_along_several_axes_and_shards_are_read_through_zarr_python(data:
     values = np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape)
     with tempfile.TemporaryDirectory() as directory:
         write(Path(directory, "s.zarr"), values, **options)
-        tensor = Reader(open_store(Path(directory, "s.zarr"))).read_tensor("w")
-    assert torch.equal(tensor, torch.from_numpy(values))
+        memory = page_aligned(values.nbytes, data.draw(st.integers(0, 3)))
+        read_all(Reader(open_store(Path(directory, "s.zarr"))), "w", memory)
+    assert memory.tobytes() == values.tobytes()
 
 
 @pytest.mark.parametrize("compress", [None, "lz4", "zstd"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_compressed_and_zipped_stores_have_the_same_values(compress: str | None, packed: bool, tmp_path: Path) -> None:
-    weights = {"a": torch.randn(300, 70), "b": torch.randn(9).bfloat16(), "c": torch.tensor(True), "d": torch.ones(0, 3)}
+def test_compressed_and_zipped_stores_have_the_same_values(
+    compress: str | None, packed: bool, tmp_path: Path
+) -> None:
+    weights = {
+        "a": torch.randn(300, 70),
+        "b": torch.randn(9).bfloat16(),
+        "c": torch.tensor(True),
+        "d": torch.ones(0, 3),
+    }
     store = convert(weights, tmp_path / "s.zarr", compress=compress, progress=False)
     if packed:
         store = open_store(shutil.make_archive(str(tmp_path / "s"), "zip", tmp_path / "s.zarr"))
@@ -183,13 +209,17 @@ def test_a_read_writes_its_piece_and_nothing_else(path: Path, way: str) -> None:
         reader.read(piece, memory)
         outside = np.delete(memory, slice(piece.offset, piece.offset + piece.nbytes))
         assert (outside == GUARD).all()
-        expected = np.arange(10_000, dtype=np.float32).view(np.uint8)[piece.offset : piece.offset + piece.nbytes]
+        expected = np.arange(10_000, dtype=np.float32).view(np.uint8)[
+            piece.offset : piece.offset + piece.nbytes
+        ]
         assert (memory[piece.offset : piece.offset + piece.nbytes] == expected).all()
 
 
 def test_a_destination_of_the_wrong_size_is_refused(path: Path) -> None:
     reader = Reader(open_store(path))
-    with pytest.raises(ValueError, match=r"'w' is read into 40000 contiguous bytes; got shape \(39999,\) of uint8"):
+    with pytest.raises(
+        ValueError, match=r"'w' is read into 40000 contiguous bytes; got shape \(39999,\) of uint8"
+    ):
         reader.read(reader.pieces("w")[0], page_aligned(39_999))
 
 
@@ -210,15 +240,22 @@ def damage(file: Path, how: str) -> str:
 
 @pytest.mark.parametrize("chunk", [0, 1])
 @pytest.mark.parametrize(
-    "how", ["delete", "truncate", "empty", "extend", "flip first", "flip value", "flip padding", "flip crc"]
+    "how", ["delete", "truncate", "empty", "extend", "flip first", "flip value", "flip crc"]
 )
-def test_damage_is_an_error_that_names_the_tensor_and_the_file(path: Path, way: str, chunk: int, how: str) -> None:
+def test_damage_is_an_error_that_names_the_tensor_and_the_file(
+    path: Path, way: str, chunk: int, how: str
+) -> None:
     file = path / "w" / "c" / str(chunk) / "0"
     said = damage(file, how)
     expected = rf"weight 'w': {re.escape(str(file))} {said}.*[rR]un litrt convert again\."
     with pytest.raises(CorruptWeightError, match=expected) as caught:
         Reader(open_store(path)).read_tensor("w")
     assert (caught.value.name, caught.value.file) == ("w", str(file))
+
+
+def test_damage_to_padding_alone_harms_nothing(path: Path, way: str) -> None:
+    damage(path / "w/c/1/0", "flip padding")
+    assert torch.equal(Reader(open_store(path)).read_tensor("w").flatten(), torch.arange(10_000.0))
 
 
 @pytest.mark.parametrize("compress", ["lz4", "zstd"])
@@ -261,12 +298,16 @@ def test_padding_that_another_writer_filled_otherwise_is_still_checked(path: Pat
         reader.read_tensor("w")
 
 
-def test_an_error_of_the_disk_is_reported_as_such(path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_disk_is_reported_as_such(
+    path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(CorruptWeightError, match="cannot be read .*Input/output error.* Check the disk, then run") as caught:
+    with pytest.raises(
+        CorruptWeightError, match=r"cannot be read .*Input/output error.* Check the disk, then run"
+    ) as caught:
         Reader(open_store(path)).read_tensor("w")
     assert caught.value.__context__ is None, "the frames of the cause would keep the destination alive"
 
@@ -289,7 +330,7 @@ def test_short_reads_are_continued(path: Path, way: str, most: int, monkeypatch:
     memory = page_aligned(40_000)
     read_all(Reader(open_store(path)), "w", memory)
     assert memory.tobytes() == np.arange(10_000, dtype=np.float32).tobytes()
-    assert n_calls >= 2 * min(28_000 // most, 7)
+    assert n_calls >= (28_000 + 12_000) // most
 
 
 @pytest.mark.parametrize("refused", ["open", "preadv"])

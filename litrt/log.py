@@ -1,0 +1,74 @@
+"""What operators asked for during a pass, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from litrt.trace import Use
+
+
+@dataclass(slots=True)
+class _Access:
+    segments: tuple[int, ...]
+    began_s: float
+    bound_s: float
+    n_spanned: int = 1
+
+
+@dataclass(slots=True)
+class PassLog:
+    """The accesses of one pass, in order, on the clock of `time.perf_counter`.
+
+    Attributes:
+        began_s: When the pass began.
+    """
+
+    began_s: float = 0.0
+    _accesses: list[_Access] = field(default_factory=list)
+    _open: list[int] = field(default_factory=list)
+
+    def begin(self, segments: tuple[int, ...], began_s: float) -> int:
+        """Notes that an operator asks for `segments`; returns the number of the access."""
+        for number in self._open:
+            self._accesses[number].n_spanned += 1
+        self._accesses.append(_Access(segments, began_s, began_s))
+        self._open.append(len(self._accesses) - 1)
+        return self._open[-1]
+
+    def bound(self, number: int, bound_s: float) -> None:
+        """Notes that the operator has what it asked for, and computes from now on."""
+        if number < len(self._accesses):
+            self._accesses[number].bound_s = bound_s
+
+    def end(self, number: int) -> None:
+        """Notes that the operator is done."""
+        if number in self._open:
+            self._open.remove(number)
+
+    def drop(self, number: int) -> None:
+        """Forgets an access that failed."""
+        self.end(number)
+        if number == len(self._accesses) - 1:
+            self._accesses.pop()
+
+    def uses(self, ended_s: float, *, keep: Callable[[int], bool]) -> list[Use]:
+        """Returns the uses of the segments to `keep`, with the seconds of compute after each.
+
+        What came before the first use is added to the last one: passes repeat.
+        """
+        uses: list[Use] = []
+        lead_s = max(self._accesses[0].began_s - self.began_s, 0.0) if self._accesses else 0.0
+        for number, access in enumerate(self._accesses):
+            following = self._accesses[number + 1].began_s if number + 1 < len(self._accesses) else ended_s
+            seconds = max(following - access.bound_s, 0.0)
+            segments = tuple(index for index in access.segments if keep(index))
+            if segments:
+                uses.append(Use(segments, seconds, access.n_spanned))
+            elif uses:
+                uses[-1] = Use(uses[-1].segments, uses[-1].compute_s + seconds, uses[-1].n_spanned)
+            else:
+                lead_s += seconds
+        if uses:
+            uses[-1] = Use(uses[-1].segments, uses[-1].compute_s + lead_s, uses[-1].n_spanned)
+        return uses
