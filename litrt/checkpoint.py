@@ -85,8 +85,8 @@ def open_source(source: SourceLike) -> Iterator[Source]:
         return
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
-            f"cannot convert {type(source).__name__}: pass a state_dict, another mapping of names to tensors, or "
-            "the path of a checkpoint."
+            f"cannot convert {type(source).__name__}: pass a state_dict, another mapping of names to "
+            "tensors, or the path of a checkpoint."
         )
     path = _checkpoint_file(Path(source))
     with contextlib.ExitStack() as stack:
@@ -112,8 +112,7 @@ def _checkpoint_file(path: Path) -> Path:
             names = ", ".join([file.name for file in found[:4]] + ["..."] * (len(found) > 4))
             raise StoreError(f"{path} has {len(found)} checkpoints ({names}): pass one of them.")
     raise StoreError(
-        f"{path} has no checkpoint: expected model.safetensors, pytorch_model.bin or an index of shards "
-        "(*.index.json)."
+        f"{path} has no checkpoint: expected model.safetensors, pytorch_model.bin or an index of shards (*.index.json)."
     )
 
 
@@ -163,8 +162,7 @@ class _Shards:
             absent = [name for name in wanted if name not in shard.names]
             if absent:
                 raise StoreError(
-                    f"{self._index} places {absent[0]!r} in {file}, which has no such tensor: "
-                    "download it again."
+                    f"{self._index} places {absent[0]!r} in {file}, which has no such tensor: download it again."
                 )
             first: dict[str, str] = {}
             for name in wanted:
@@ -216,9 +214,7 @@ def _checked_names(source: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
 def check_tensor(name: str, value: object) -> torch.Tensor:
     """Returns `value` without its history, if it is a tensor with plain values."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(
-            f"{name!r} is a {type(value).__name__}, not a tensor: pass a mapping that has tensors only."
-        )
+        raise TypeError(f"{name!r} is a {type(value).__name__}, not a tensor: pass a mapping that has tensors only.")
     if value.device.type == "meta":
         raise TypeError(f"{name!r} is on the meta device and has no values: load the checkpoint first.")
     if value.layout != torch.strided or value.is_quantized:
@@ -322,7 +318,7 @@ def _mapped_ranges(path: Path) -> list[tuple[int, int]]:
 
 
 def _forget_pages(tensor: torch.Tensor, mapped: list[tuple[int, int]]) -> None:
-    """Takes the pages that hold `tensor` out of memory; if they are used again, they are read from the file again.
+    """Takes the pages that hold `tensor` out of memory; to use them again reads them from the file again.
 
     Only pages of a mapped file may be dropped: any others would be zeros afterwards.
     """
@@ -361,8 +357,8 @@ def _safetensors_header(path: Path, fd: int) -> tuple[dict[str, _Entry], int]:
     length = int.from_bytes(os.pread(fd, 8, 0), "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
         raise StoreError(
-            f"{path} is not a safetensors file, or its beginning is lost: it has {size} bytes and announces a "
-            f"header of {length}. Download it again."
+            f"{path} is not a safetensors file, or its beginning is lost: it has {size} bytes and announces "
+            f"a header of {length}. Download it again."
         )
     try:
         header: dict[str, Any] = json.loads(os.pread(fd, length, 8))
@@ -371,9 +367,7 @@ def _safetensors_header(path: Path, fd: int) -> tuple[dict[str, _Entry], int]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, StoreError):
             raise
-        raise StoreError(
-            f"{path} is not a safetensors file: its header is not what the format says."
-        ) from error
+        raise StoreError(f"{path} is not a safetensors file: its header is not what the format says.") from error
     position = 0
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin != position:
@@ -382,8 +376,7 @@ def _safetensors_header(path: Path, fd: int) -> tuple[dict[str, _Entry], int]:
         if 8 + length + end > size:
             whole = 8 + length + max(entry[3] for entry in entries.values())
             raise CorruptWeightError(
-                f"{path} is truncated: it has {size} of {whole} bytes, and {name!r} is cut off. "
-                "Download it again.",
+                f"{path} is truncated: it has {size} of {whole} bytes, and {name!r} is cut off. Download it again.",
                 name=name,
                 file=str(path),
             )

@@ -73,7 +73,7 @@ def convert(
     cast = _floating_dtype(dtype)
     if compress is not None and compress not in _CODECS:
         raise ValueError(f"cannot compress with {compress!r}: use None, 'lz4' or 'zstd'.")
-    target = Path(os.path.abspath(_local_path(store)))
+    target = Path(os.path.realpath(_local_path(store)))
     _check_target(target, os.fspath(store), overwrite)
     partial = target.with_name(f"{target.name}.partial")
     with open_source(source) as opened:
@@ -98,9 +98,7 @@ def _floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         return None
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point or array_dtype(found) is None:
-        raise ValueError(
-            f"cannot cast weights to {dtype!r}: use a floating dtype such as 'bfloat16' or 'float16'."
-        )
+        raise ValueError(f"cannot cast weights to {dtype!r}: use a floating dtype such as 'bfloat16' or 'float16'.")
     return found
 
 
@@ -117,9 +115,7 @@ def _check_target(target: Path, label: str, overwrite: bool) -> None:
     if not overwrite:
         raise StoreError(f"{label} exists: choose another path, or pass overwrite=True to replace it.")
     if not target.is_dir() or (any(target.iterdir()) and not (target / "zarr.json").is_file()):
-        raise StoreError(
-            f"{label} exists and is not a store, so that it is not overwritten: choose another path."
-        )
+        raise StoreError(f"{label} exists and is not a store, so that it is not overwritten: choose another path.")
 
 
 def _total_bytes(source: Source, cast: torch.dtype | None) -> int | None:
@@ -141,9 +137,7 @@ def _check_space(target: Path, total_bytes: int) -> None:
         )
 
 
-def _write_store(
-    source: Source, partial: Path, cast: torch.dtype | None, compress: str | None, bar: _Progress
-) -> None:
+def _write_store(source: Source, partial: Path, cast: torch.dtype | None, compress: str | None, bar: _Progress) -> None:
     header = {"format": FORMAT, "complete": False, "tensors": list(source.names), "aliases": source.aliases}
     group = zarr.create_group(LocalStore(partial), zarr_format=3, attributes={"litrt": header})
     flushed: Future[None] | None = None
@@ -174,9 +168,7 @@ def _write_tensor(
     dtype = cast if cast is not None and tensor.is_floating_point() else tensor.dtype
     stored = array_dtype(dtype)
     if stored is None:
-        raise TypeError(
-            f"{name!r} has dtype {dtype}, which litrt cannot store: convert it to another dtype first."
-        )
+        raise TypeError(f"{name!r} has dtype {dtype}, which litrt cannot store: convert it to another dtype first.")
     shape = tuple(tensor.shape)
     chunks = chunk_shape(shape, dtype.itemsize)
     array = group.create_array(
@@ -244,21 +236,21 @@ def _fsync(path: Path) -> None:
 
 
 def _publish(partial: Path, target: Path) -> None:
-    """Gives the complete store its name. A store that has the name keeps it as `<name>.old` until then."""
-    old = target.with_name(f"{target.name}.old")
+    """Gives the complete store its name; one that has the name is `<name>.replaced` between two renames."""
+    replaced = target.with_name(f"{target.name}.replaced")
     if target.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        target.rename(old)
-        try:
-            partial.rename(target)
-        except BaseException:
-            old.rename(target)
-            raise
-        shutil.rmtree(old)
-    else:
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        target.rename(replaced)
+    try:
         partial.rename(target)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
     _fsync(target.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 class _Progress:

@@ -16,6 +16,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import google_crc32c  # the crc32c of zarr-python's codec of that name, which requires it
 import numpy as np
@@ -79,7 +80,7 @@ class Reader:
         direct = any(info.direct and info.nbytes >= DIRECT_MIN_BYTES for info in infos)
         self.scratch_bytes_per_task = 2 * max(decoded) + len(_ZEROS) if decoded else _SCRATCH_BYTES * direct
         self._pieces: dict[str, tuple[Piece, ...]] = {}
-        self._arrays: dict[str, zarr.Array[zarr.core.metadata.ArrayV3Metadata]] = {}
+        self._arrays: dict[str, zarr.Array[Any]] = {}
         self._scratch = threading.local()
         self._direct_io = bool(_O_DIRECT)
 
@@ -111,8 +112,7 @@ class Reader:
         info = self.store[piece.name]
         if dest.dtype != np.uint8 or dest.shape != (info.nbytes,) or not dest.flags.c_contiguous:
             raise ValueError(
-                f"{piece.name!r} is read into {info.nbytes} contiguous bytes; "
-                f"got shape {dest.shape} of {dest.dtype}."
+                f"{piece.name!r} is read into {info.nbytes} contiguous bytes; got shape {dest.shape} of {dest.dtype}."
             )
         part = dest[piece.offset : piece.offset + piece.nbytes]
         try:
@@ -164,7 +164,7 @@ class Reader:
             _check_size(fd, piece, chunk_bytes)
             scratch = self._scratch_memory()
             n_whole = piece.nbytes - piece.nbytes % ALIGN_BYTES
-            # One request for the values; the tail, and the padding and the checksum if they fit, go to scratch.
+            # One request; the tail of the values, and the padding and the checksum if they fit, go to scratch.
             if not _fill_direct(fd, [part[:n_whole].data, scratch.data], chunk_bytes + CRC_BYTES):
                 return False
             part[n_whole:] = scratch[: piece.nbytes - n_whole]

@@ -107,7 +107,17 @@ def match(module: nn.Module, found: list[Slot], store: Store) -> None:
 
 
 def _is_ignorable(module: nn.Module, name: str) -> bool:
-    # Hugging Face models list what old checkpoints carry and no model needs (causal masks, position ids).
+    """Says whether a stored tensor is one that the constructor makes anyway, or that the model says it can do without.
+
+    Old checkpoints carry causal masks, position ids and rotary tables, which are non-persistent buffers by now.
+    """
+    prefix, _, leaf = name.rpartition(".")
+    try:
+        owner = module.get_submodule(prefix)
+    except AttributeError:
+        owner = None
+    if owner is not None and leaf in owner._non_persistent_buffers_set:
+        return True
     patterns = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(pattern, name) for pattern in patterns)
 

@@ -218,9 +218,7 @@ class Store(Mapping[str, TensorInfo]):
         if name in self._by_name:
             return name
         close = difflib.get_close_matches(str(name), self._by_name, n=3)
-        hint = (
-            f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {len(self)} other names."
-        )
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {len(self)} other names."
         raise WeightNotFoundError(f"{self.path} has no weight {name!r}: {hint}", name=name)
 
 
@@ -239,9 +237,7 @@ class _Checked(WrapperStore[ZarrStore]):
         super().__init__(store)
         self._owned = owned
 
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         value = await super().get(key, prototype, byte_range)
         if value is None and key.rpartition("/")[2] not in _METADATA:
             raise MissingChunkError(key)
@@ -359,9 +355,7 @@ def _make_store(
     header = _litrt_attributes(attributes)
     version, names, aliases = header.get("format"), header.get("tensors"), header.get("aliases", {})
     if isinstance(version, int) and version > FORMAT:
-        raise StoreError(
-            f"{label} has format {version} and this version of litrt reads up to {FORMAT}: upgrade litrt."
-        )
+        raise StoreError(f"{label} has format {version} and this version of litrt reads up to {FORMAT}: upgrade litrt.")
     if version != FORMAT or not isinstance(names, list) or not isinstance(aliases, dict):
         raise _not_a_store(label)
     distinct = [name for name in names if name not in aliases]
@@ -434,8 +428,8 @@ def _array_info(label: str, name: str, array: object) -> TensorInfo:
     dtype = _torch_dtype(array.attrs.asdict(), array.dtype.name)
     if dtype is None or array_dtype(dtype) != array.dtype.name:
         raise StoreError(
-            f"{label}: {name!r} is stored as {array.dtype.name}, which is no form of a torch dtype that litrt "
-            "knows: upgrade litrt, or run litrt convert again."
+            f"{label}: {name!r} is stored as {array.dtype.name}, which is no form of a torch dtype that "
+            "litrt knows: upgrade litrt, or run litrt convert again."
         )
     chunk_rows = array.chunks[lead_axis(array.shape)] if array.shape else 1
     chunk_bytes = math.prod(array.chunks) * dtype.itemsize

@@ -62,8 +62,7 @@ def write(path: Path, values: npt.NDArray[Any], dtype: str = "", **options: Any)
         dtype=values.dtype,
         config={"write_empty_chunks": True},
         attributes={"litrt": {"name": "w", "torch_dtype": dtype or values.dtype.name}},
-        **{"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()], "filters": None}
-        | options,
+        **{"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()], "filters": None} | options,
     )
     array[...] = values
 
@@ -134,11 +133,7 @@ def test_the_fast_path_reads_what_zarr_python_reads(
         guarded[:] = GUARD
         read_all(Reader(store), "w", guarded[4096 : 4096 + values.nbytes])
         expected = zarr.open_group(LocalStore(path), mode="r")["w"][...]  # type: ignore[index]
-        assert (
-            guarded[4096 : 4096 + values.nbytes].tobytes()
-            == np.asarray(expected).tobytes()
-            == values.tobytes()
-        )
+        assert guarded[4096 : 4096 + values.nbytes].tobytes() == np.asarray(expected).tobytes() == values.tobytes()
         assert (guarded[:4096] == GUARD).all()
         assert (guarded[4096 + values.nbytes :] == GUARD).all()
 
@@ -163,9 +158,7 @@ def test_chunks_along_several_axes_and_shards_are_read_through_zarr_python(data:
 
 @pytest.mark.parametrize("compress", [None, "lz4", "zstd"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_compressed_and_zipped_stores_have_the_same_values(
-    compress: str | None, packed: bool, tmp_path: Path
-) -> None:
+def test_compressed_and_zipped_stores_have_the_same_values(compress: str | None, packed: bool, tmp_path: Path) -> None:
     weights = {
         "a": torch.randn(300, 70),
         "b": torch.randn(9).bfloat16(),
@@ -209,17 +202,13 @@ def test_a_read_writes_its_piece_and_nothing_else(path: Path, way: str) -> None:
         reader.read(piece, memory)
         outside = np.delete(memory, slice(piece.offset, piece.offset + piece.nbytes))
         assert (outside == GUARD).all()
-        expected = np.arange(10_000, dtype=np.float32).view(np.uint8)[
-            piece.offset : piece.offset + piece.nbytes
-        ]
+        expected = np.arange(10_000, dtype=np.float32).view(np.uint8)[piece.offset : piece.offset + piece.nbytes]
         assert (memory[piece.offset : piece.offset + piece.nbytes] == expected).all()
 
 
 def test_a_destination_of_the_wrong_size_is_refused(path: Path) -> None:
     reader = Reader(open_store(path))
-    with pytest.raises(
-        ValueError, match=r"'w' is read into 40000 contiguous bytes; got shape \(39999,\) of uint8"
-    ):
+    with pytest.raises(ValueError, match=r"'w' is read into 40000 contiguous bytes; got shape \(39999,\) of uint8"):
         reader.read(reader.pieces("w")[0], page_aligned(39_999))
 
 
@@ -239,12 +228,8 @@ def damage(file: Path, how: str) -> str:
 
 
 @pytest.mark.parametrize("chunk", [0, 1])
-@pytest.mark.parametrize(
-    "how", ["delete", "truncate", "empty", "extend", "flip first", "flip value", "flip crc"]
-)
-def test_damage_is_an_error_that_names_the_tensor_and_the_file(
-    path: Path, way: str, chunk: int, how: str
-) -> None:
+@pytest.mark.parametrize("how", ["delete", "truncate", "empty", "extend", "flip first", "flip value", "flip crc"])
+def test_damage_is_an_error_that_names_the_tensor_and_the_file(path: Path, way: str, chunk: int, how: str) -> None:
     file = path / "w" / "c" / str(chunk) / "0"
     said = damage(file, how)
     expected = rf"weight 'w': {re.escape(str(file))} {said}.*[rR]un litrt convert again\."
@@ -298,9 +283,7 @@ def test_padding_that_another_writer_filled_otherwise_is_still_checked(path: Pat
         reader.read_tensor("w")
 
 
-def test_an_error_of_the_disk_is_reported_as_such(
-    path: Path, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_the_disk_is_reported_as_such(path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -403,8 +386,10 @@ def test_threads_read_through_zarr_python_at_the_same_time(tmp_path: Path) -> No
     assert memory.tobytes() == values.tobytes()
 
 
-def test_scratch_is_two_pages_for_files_and_a_chunk_twice_for_zarr_python(path: Path, tmp_path: Path) -> None:
-    assert Reader(open_store(path)).scratch_bytes_per_task == 8192
+def test_scratch_is_two_pages_for_direct_reads_and_a_chunk_twice_for_zarr_python(path: Path, tmp_path: Path) -> None:
+    assert Reader(open_store(path)).scratch_bytes_per_task == 0, "reads of small pieces go straight into place"
+    write(tmp_path / "large.zarr", np.ones((40, 2000), np.float32))
+    assert Reader(open_store(tmp_path / "large.zarr")).scratch_bytes_per_task == 8192
     write(tmp_path / "other.zarr", np.ones((40, 1000), np.float32), chunks=(7, 500))
     assert Reader(open_store(tmp_path / "other.zarr")).scratch_bytes_per_task == 2 * 7 * 500 * 4 + 65_536
 

@@ -1,4 +1,4 @@
-"""What `open_store` says of stores, whole, broken and foreign; and the choices of names, dtypes and chunks."""
+"""What `open_store` says of stores, whole, broken and foreign; the choices of names, dtypes and chunks."""
 
 from __future__ import annotations
 
@@ -56,13 +56,21 @@ def test_a_local_store_is_opened_without_zarr_python(path: Path, monkeypatch: py
     assert len(open_store(path)) == 4
 
 
+def test_a_relative_path_means_the_same_after_a_change_of_directory(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(path.parent)
+    store = open_store(path.name)
+    assert (store.path, store.root) == (path.name, str(path))
+    monkeypatch.chdir("/")
+    assert torch.equal(Reader(store).read_tensor("scale"), torch.tensor(2.0))
+
+
 def test_a_name_that_is_missing_is_an_error_with_close_names(path: Path) -> None:
     store = open_store(path)
     assert "wte.wieght" not in store
     assert store.get("wte.wieght") is None
-    with pytest.raises(
-        WeightNotFoundError, match=r"no weight 'wte.wieght': did you mean 'wte.weight'"
-    ) as caught:
+    with pytest.raises(WeightNotFoundError, match=r"no weight 'wte.wieght': did you mean 'wte.weight'") as caught:
         store["wte.wieght"]
     assert caught.value.name == "wte.wieght"
     with pytest.raises(WeightNotFoundError, match="it has 4 other names"):
@@ -84,9 +92,7 @@ def test_a_store_is_opened_from_wherever_zarr_python_can_read(path: Path, how: s
     reader = Reader(store)
     assert torch.equal(reader.read_tensor("head.weight"), torch.arange(12.0).reshape(3, 4))
     reader.close()
-    assert torch.equal(reader.read_tensor("scale"), torch.tensor(2.0)), (
-        "a closed store opens again when it is used"
-    )
+    assert torch.equal(reader.read_tensor("scale"), torch.tensor(2.0)), "a closed store opens again when it is used"
     reader.close()
 
 
@@ -110,9 +116,7 @@ def test_a_path_without_a_store_is_an_error_that_says_how_to_make_one(tmp_path: 
     shutil.make_archive(str(tmp_path / "other"), "zip", tmp_path / "empty")
     zarr.create_group(LocalStore(tmp_path / "other.zarr"))
     for name in ("empty", "model.bin", "model.safetensors", "other.zip", "other.zarr"):
-        with pytest.raises(
-            StoreError, match=f"{re.escape(name)} is not a litrt store: make one with litrt convert"
-        ):
+        with pytest.raises(StoreError, match=f"{re.escape(name)} is not a litrt store: make one with litrt convert"):
             open_store(tmp_path / name)
     with pytest.raises(StoreError, match="is not a litrt store"):
         open_store((tmp_path / "empty").as_uri())
@@ -120,20 +124,17 @@ def test_a_path_without_a_store_is_an_error_that_says_how_to_make_one(tmp_path: 
 
 def test_a_store_of_a_newer_format_is_refused(path: Path) -> None:
     edit(path, format=2)
-    with pytest.raises(
-        StoreError, match="has format 2 and this version of litrt reads up to 1: upgrade litrt"
-    ):
+    with pytest.raises(StoreError, match="has format 2 and this version of litrt reads up to 1: upgrade litrt"):
         open_store(path)
 
 
 def test_an_interrupted_conversion_is_counted_in_weights(path: Path) -> None:
     edit(path, complete=False)
-    with pytest.raises(StoreError, match="gptj.zarr is incomplete: it was not finished"):
+    with pytest.raises(StoreError, match=r"gptj\.zarr is incomplete: it was not finished"):
         open_store(path)
     shutil.rmtree(path / "wte.weight")
     expected = (
-        "gptj.zarr is incomplete: 2 of 4 weights are missing. "
-        "The conversion was interrupted: run litrt convert again."
+        "gptj.zarr is incomplete: 2 of 4 weights are missing. The conversion was interrupted: run litrt convert again."
     )
     with pytest.raises(StoreError, match=re.escape(expected)):
         open_store(path)
@@ -141,9 +142,9 @@ def test_an_interrupted_conversion_is_counted_in_weights(path: Path) -> None:
 
 def test_arrays_lost_from_a_complete_store_are_counted(path: Path) -> None:
     shutil.rmtree(path / "scale")
-    with pytest.raises(StoreError, match="is incomplete: 1 of 4 weights are missing. Files were deleted"):
+    with pytest.raises(StoreError, match=r"is incomplete: 1 of 4 weights are missing\. Files were deleted"):
         open_store(path)
-    with pytest.raises(StoreError, match="is incomplete: 1 of 4 weights are missing. Files were deleted"):
+    with pytest.raises(StoreError, match=r"is incomplete: 1 of 4 weights are missing\. Files were deleted"):
         open_store(path.as_uri())
 
 
@@ -160,11 +161,7 @@ def test_an_array_that_torch_has_no_dtype_for_is_named(path: Path) -> None:
         open_store(path)
 
 
-@given(
-    st.lists(
-        st.text(max_size=300) | st.sampled_from(["", ".", "..", "__a", "zarr.json", "a/b", "%"]), unique=True
-    )
-)
+@given(st.lists(st.text(max_size=300) | st.sampled_from(["", ".", "..", "__a", "zarr.json", "a/b", "%"]), unique=True))
 def test_node_names_are_legal_and_tell_tensors_apart(names: list[str]) -> None:
     nodes = [node_name(name) for name in names]
     assert len(set(nodes)) == len(names)
@@ -192,9 +189,7 @@ def test_usual_names_are_kept() -> None:
     st.lists(st.integers(1, 5000), max_size=2),
     st.sampled_from([1, 2, 4, 8]),
 )
-def test_chunks_are_contiguous_and_hardly_padded(
-    outer: list[int], rows: int, inner: list[int], itemsize: int
-) -> None:
+def test_chunks_are_contiguous_and_hardly_padded(outer: list[int], rows: int, inner: list[int], itemsize: int) -> None:
     shape = (*outer, rows, *inner)
     chunks = chunk_shape(shape, itemsize)
     axis = lead_axis(shape)
