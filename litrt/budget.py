@@ -45,36 +45,48 @@ class Budget:
     @property
     def capacity_bytes(self) -> int:
         """Bytes of an arena that may become as large as it has to: every weight, and its padding."""
+        if not self.growable:
+            return self.arena_bytes
         return max(self.arena_bytes, sum(segment.size_bytes + PAGE_BYTES for segment in self.segments))
 
 
-def settle(budget: int | str, infos: Sequence[TensorInfo], scratch_bytes: int) -> Budget:
+def settle(budget: int | str, infos: Sequence[TensorInfo], scratch_bytes: int, slot_bytes: dict[str, int]) -> Budget:
     """Returns the bytes of `budget` for the weights `infos`.
 
     Args:
         budget: As in `litrt.Runtime`.
         infos: The distinct weights of the model.
         scratch_bytes: What the reader's threads need beside the arena.
+        slot_bytes: Names of tables of which rows may be gathered, to the bytes of their largest piece.
 
     Raises:
         BudgetError: If `budget` cannot be read, or cannot hold the largest weight.
     """
     total_bytes = sum(info.nbytes for info in infos)
     segments = tuple(_segment(info, PAGE_BYTES) for info in infos)
+    slot: tuple[Segment, ...] = ()
+    if slot_bytes:
+        size_bytes = align_up(max(slot_bytes.values()), PAGE_BYTES)
+        slot = (Segment("(rows of tables)", size_bytes, size_bytes, PAGE_BYTES, is_slot=True),)
     footprint_bytes = sum(segment.size_bytes for segment in segments)
     if budget == "min":
-        return Budget(scratch_bytes, 0, scratch_bytes, segments, growable=True)
+        return Budget(scratch_bytes, 0, scratch_bytes, segments + slot, growable=True)
     if budget == "auto":
         budget_bytes = int(available_bytes() * _AUTO_SHARE)
     else:
         budget_bytes = parse_bytes(budget, of_bytes=total_bytes)
     if budget_bytes >= footprint_bytes + scratch_bytes:
-        return Budget(footprint_bytes + scratch_bytes, footprint_bytes, scratch_bytes, segments)
+        return Budget(footprint_bytes + scratch_bytes, footprint_bytes, scratch_bytes, segments + slot)
     if budget_bytes >= total_bytes and all(info.direct for info in infos):
         # All fits, though not with every large weight on a page. Off a page, reads need no scratch.
         packed = tuple(_segment(info, CACHE_LINE_BYTES) for info in infos)
         return Budget(budget_bytes, sum(segment.size_bytes for segment in packed), 0, packed)
-    largest = max(segments, key=lambda segment: segment.size_bytes, default=None)
+    # Of a table, no more than a piece may ever be needed at once.
+    largest = max(
+        (segment for segment in segments + slot if segment.name not in slot_bytes),
+        key=lambda segment: segment.size_bytes,
+        default=None,
+    )
     if largest is not None and largest.size_bytes + scratch_bytes > budget_bytes:
         needed_bytes = largest.size_bytes + scratch_bytes
         raise BudgetError(
@@ -85,7 +97,7 @@ def settle(budget: int | str, infos: Sequence[TensorInfo], scratch_bytes: int) -
             budget_bytes=budget_bytes,
             needed_bytes=needed_bytes,
         )
-    return Budget(budget_bytes, budget_bytes - scratch_bytes, scratch_bytes, segments)
+    return Budget(budget_bytes, budget_bytes - scratch_bytes, scratch_bytes, segments + slot)
 
 
 def _segment(info: TensorInfo, page_bytes: int) -> Segment:

@@ -156,6 +156,10 @@ class Cache:
 
     # Room.
 
+    def is_tight(self, size_bytes: int) -> bool:
+        """Says whether something of that size would take more than half of the arena, or of what it has grown to."""
+        return self._growable or size_bytes > self.arena.limit_bytes // 2
+
     def place_planned(self, entry: Entry, offset: int | None) -> bool:
         """Gives `entry` a block at `offset`, or anywhere, at the cost of loose ones only; says whether it could."""
         segment = entry.segment

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from litrt.trace import Use
 
@@ -14,6 +14,8 @@ class _Access:
     began_s: float
     bound_s: float
     n_spanned: int = 1
+    table: int | None = None
+    gathered_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -41,6 +43,12 @@ class PassLog:
         if number < len(self._accesses):
             self._accesses[number].bound_s = bound_s
 
+    def gathered(self, number: int, table: int, n_bytes: int) -> None:
+        """Notes that an access was for rows of `table`, and read `n_bytes` of it."""
+        if number < len(self._accesses):
+            self._accesses[number].table = table
+            self._accesses[number].gathered_bytes = n_bytes
+
     def end(self, number: int) -> None:
         """Notes that the operator is done."""
         if number in self._open:
@@ -64,11 +72,11 @@ class PassLog:
             seconds = max(following - access.bound_s, 0.0)
             segments = tuple(index for index in access.segments if keep(index))
             if segments:
-                uses.append(Use(segments, seconds, access.n_spanned))
+                uses.append(Use(segments, seconds, access.n_spanned, access.table, access.gathered_bytes))
             elif uses:
-                uses[-1] = Use(uses[-1].segments, uses[-1].compute_s + seconds, uses[-1].n_spanned)
+                uses[-1] = replace(uses[-1], compute_s=uses[-1].compute_s + seconds)
             else:
                 lead_s += seconds
         if uses:
-            uses[-1] = Use(uses[-1].segments, uses[-1].compute_s + lead_s, uses[-1].n_spanned)
+            uses[-1] = replace(uses[-1], compute_s=uses[-1].compute_s + lead_s)
         return uses

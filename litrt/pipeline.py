@@ -12,7 +12,7 @@ import heapq
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from litrt.cache import Cache, Entry, State
 from litrt.cursor import Cursor
 from litrt.device import Device
 from litrt.errors import ClosedError, TraceMismatchError
+from litrt.gather import gather_rows
 from litrt.log import PassLog
 from litrt.plan import Plan
 from litrt.reader import Reader
@@ -70,6 +71,7 @@ class Pipeline:
         scratch_bytes: What those threads need beside the arena.
         growable: Raise the arena's limit instead of failing where a use does not fit.
         strict: Refuse what the plan did not predict.
+        tables: Segments of which `gather` may take rows without holding them whole.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Pipeline:
         scratch_bytes: int,
         growable: bool = False,
         strict: bool = False,
+        tables: Set[int] = frozenset(),
     ) -> None:
         self.counters = Counters()
         self._lock = threading.RLock()
@@ -93,6 +96,10 @@ class Pipeline:
         )
         self._entries = self.cache.entries
         self._strict = strict
+        self._tables = tables
+        self._slot = next((index for index, segment in enumerate(segments) if segment.is_slot), None)
+        self._slot_lock = threading.RLock()
+        self._reader = reader
         self._closed = False
         self._plan: Plan | None = None
         self._cursor: Cursor | None = None
@@ -158,6 +165,40 @@ class Pipeline:
             if self._cursor is not None and not self._closed:
                 self._advance()
 
+    def gather(self, index: int, ids: torch.Tensor) -> torch.Tensor | None:
+        """Returns rows of a table piece by piece, or None where the whole of it should be used.
+
+        That is where it is in memory, or planned to be, or small against the arena.
+
+        Args:
+            index: The segment; one of `tables`.
+            ids: Rows, integers of any shape.
+        """
+        if index not in self._tables or self._slot is None:
+            return None
+        with self._lock:
+            entry = self._entries[index]
+            if entry.resident or entry.state in (State.READING, State.READY):
+                return None
+            if self._plan is not None and index not in self._plan.tables:
+                return None
+            if self._plan is None and not self.cache.is_tight(entry.segment.size_bytes):
+                return None
+        with self._slot_lock:
+            binding = self.acquire((self._slot,))
+            try:
+                slot = binding.tensors[0]
+                rows, n_bytes = gather_rows(
+                    ids, entry.info, self._reads.pieces(entry.info.name), self._reader.read_part, slot
+                )
+                del slot
+                with self._lock:
+                    self.counters.read_bytes += n_bytes
+                    self._log.gathered(binding.access, index, n_bytes)
+            finally:
+                self.release(binding)
+        return rows
+
     def _step_of(self, indices: tuple[int, ...]) -> int | None:
         """Returns the step of the plan that a use of `indices` is, and moves the plan on to it."""
         streamed = tuple(index for index in indices if not self._entries[index].resident)
@@ -202,8 +243,8 @@ class Pipeline:
                 if (error := entry.take_error()) is not None:
                     raise error
             self._wait()
-        if absent:
-            self._timings.append((sum(entry.info.nbytes for entry in absent), time.perf_counter() - began_s))
+        if any(not entry.segment.is_slot for entry in absent):
+            self._timings.append((sum(entry.segment.fetch_bytes for entry in absent), time.perf_counter() - began_s))
 
     # The plan: issue loads as steps end, release what has had its last use.
 
@@ -344,7 +385,7 @@ class Pipeline:
     def resident_bytes(self) -> int:
         """Bytes of the segments that stay."""
         with self._lock:
-            return sum(entry.segment.nbytes for entry in self._entries if entry.resident)
+            return sum(entry.segment.fetch_bytes for entry in self._entries if entry.resident)
 
     @property
     def budget_bytes(self) -> int:
@@ -355,10 +396,10 @@ class Pipeline:
 
     def _queue_reads(self, entry: Entry, priority: int) -> None:
         assert entry.block is not None
-        pieces = self._reads.pieces(entry.info.name)
+        pieces = () if entry.segment.is_slot else self._reads.pieces(entry.info.name)
         entry.state = State.READING if pieces else State.READY
         entry.n_pending = len(pieces)
-        self.counters.read_bytes += entry.info.nbytes
+        self.counters.read_bytes += entry.segment.fetch_bytes
         self._reads.queue(priority, entry, pieces, self.cache.arena.memory(entry.block))
 
     def _read_done(self, entry: Entry, error: BaseException | None) -> None:

@@ -31,6 +31,10 @@ class Source(Protocol):
         """Says that an operator is done with them."""
         ...
 
+    def gather(self, index: int, ids: torch.Tensor) -> torch.Tensor | None:
+        """Returns rows of a table, or None where the whole of it should be used."""
+        ...
+
 
 class Placeholder(torch.Tensor):
     """A stored tensor, or a view of one, that is loaded on use.
@@ -102,6 +106,10 @@ class Placeholder(torch.Tensor):
                 return views
         if func in _GRAD_SETTERS and isinstance(args[0], Placeholder):
             return _set_requires_grad(args[0], *args[1:], **kwargs)
+        if func is torch.nn.functional.embedding:
+            rows = _gather(*args, **kwargs)
+            if rows is not None:
+                return rows
         written = _written(func, args, kwargs)
         if written is not None:
             _refuse_write(written, getattr(func, "__name__", str(func)))
@@ -120,6 +128,11 @@ class Placeholder(torch.Tensor):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Placeholder):
                 _refuse_write(value, str(func))
         return _call(func, args, kwargs)
+
+    @property
+    def _litrt_is_whole(self) -> bool:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.size() == self._litrt_shape and self.is_contiguous() and self.storage_offset() == 0
 
     @property
     def _litrt_dtype(self) -> torch.dtype:
@@ -262,6 +275,25 @@ def _replace(value: Any, reals: Borrowed) -> Any:
     if isinstance(value, dict):
         return {key: _replace(item, reals) for key, item in value.items()}
     return value
+
+
+def _gather(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Returns rows of an embedding's weight where only these should be read, or None."""
+    if max_norm is not None and isinstance(weight, Placeholder):
+        _refuse_write(weight, "embedding with max_norm")
+    if not isinstance(weight, Placeholder) or isinstance(input, Placeholder) or not weight._litrt_is_whole:
+        return None
+    if input.dtype not in (torch.int32, torch.int64):
+        return None
+    with torch.no_grad():
+        return weight._litrt_source.gather(weight._litrt_index, input)
 
 
 def _lazy_view(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

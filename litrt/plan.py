@@ -43,7 +43,9 @@ class Plan:
         window_offset: Where the window begins, through which the rest streams.
         steps: The uses that need something streamed, in order.
         loads: The fetches of one pass, in order of need.
-        streamed_bytes: Bytes of weights that a steady pass reads.
+        streamed_bytes: Bytes of weights that a steady pass reads, those of `tables` included.
+        tables: Segments of which rows are gathered, piece by piece, and never the whole is held.
+        gathered_bytes: What that read in the warm-up; other rows can take more or less.
         compute_s: Seconds of a pass that never waits.
         pass_s: Predicted seconds of a steady pass.
         bound_s: Seconds that no schedule can beat.
@@ -64,11 +66,13 @@ class Plan:
     bound_s: float
     bound_bytes: int
     bandwidth_bps: float
+    tables: tuple[int, ...] = field(default=(), repr=False)
+    gathered_bytes: int = 0
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of the weights that stay."""
-        return sum(self.segments[index].nbytes for index in self.resident)
+        return sum(self.segments[index].fetch_bytes for index in self.resident)
 
     @property
     def window_bytes(self) -> int:
@@ -86,19 +90,27 @@ class Plan:
         return "transfer" if self.transfer_s > self.compute_s else "compute"
 
     def __str__(self) -> str:
-        total_bytes = sum(segment.nbytes for segment in self.segments)
+        total_bytes = sum(segment.fetch_bytes for segment in self.segments)
         streamed = tuple(dict.fromkeys(load.segment for load in self.loads))
+        kept = [index for index in self.resident if not self.segments[index].is_slot]
         if self.policy == "lru":
             how = "loaded on demand, the least recently used evicted"
         else:
             names = _names(self.segments, streamed)
             how = f"{names}, through a window of {format_bytes(self.window_bytes)}" if streamed else names
+        gathered = []
+        if self.tables:
+            gathered.append(
+                f"  gathered {format_bytes(self.gathered_bytes):>10} per pass   rows of "
+                f"{_names(self.segments, self.tables)}, piece by piece"
+            )
         return "\n".join(
             [
                 f"plan ({self.policy}): {format_bytes(total_bytes)} of weights, "
                 f"{format_bytes(self.budget_bytes)} of memory for them",
-                f"  resident {format_bytes(self.resident_bytes):>10}            {_names(self.segments, self.resident)}",
-                f"  streamed {format_bytes(self.streamed_bytes):>10} per pass   {how}",
+                f"  resident {format_bytes(self.resident_bytes):>10}            {_names(self.segments, kept)}",
+                f"  streamed {format_bytes(self.streamed_bytes - self.gathered_bytes):>10} per pass   {how}",
+                *gathered,
                 f"  pass     {self.pass_s:>8.3f} s   predicted; bound by {self.bottleneck}: {self.compute_s:.3f} s "
                 f"of compute, {self.transfer_s:.3f} s of transfer at {self.bandwidth_bps / 1e9:.2f} GB/s",
                 f"  bound    {self.bound_s:>8.3f} s   and {format_bytes(self.bound_bytes)} per pass: "
@@ -119,6 +131,18 @@ def make_plan(trace: Trace, budget_bytes: int, *, policy: Policy = "belady", see
     Raises:
         ValueError: If `budget_bytes` cannot hold the largest use.
     """
+    if trace.gathered_bytes:
+        # Rows were gathered from tables. Having the whole tables may be better, where they fit.
+        whole = trace.with_whole_tables()
+        if whole.largest_use_bytes <= budget_bytes:
+            plans = [_make_plan(whole, budget_bytes, policy, seed)]
+            if trace.largest_use_bytes <= budget_bytes:
+                plans.append(_make_plan(trace, budget_bytes, policy, seed))
+            return min(plans, key=lambda plan: plan.pass_s)
+    return _make_plan(trace, budget_bytes, policy, seed)
+
+
+def _make_plan(trace: Trace, budget_bytes: int, policy: Policy, seed: int) -> Plan:
     if budget_bytes < trace.largest_use_bytes:
         raise ValueError(f"budget_bytes {budget_bytes} is below largest_use_bytes {trace.largest_use_bytes}")
     sizes, compute_s = groups(trace)
@@ -136,6 +160,8 @@ def make_plan(trace: Trace, budget_bytes: int, *, policy: Policy = "belady", see
         bound_s=min_pass_s(sizes, compute_s, budget_bytes, trace.bandwidth_bps) if len(sizes) else 0.0,
         bound_bytes=int(min_streamed_bytes(sizes, budget_bytes)) if len(sizes) else 0,
         bandwidth_bps=trace.bandwidth_bps,
+        tables=tuple(dict.fromkeys(use.table for use in trace.uses if use.table is not None)),
+        gathered_bytes=trace.gathered_bytes,
     )
     if policy == "lru":
         streamed_bytes = lru_streamed_bytes(trace, budget_bytes)
@@ -178,7 +204,8 @@ def replan(plan: Plan, uses: Sequence[Use]) -> Plan:
 
 def _with_residents(plan: Plan, trace: Trace, streamed: Set[int]) -> Plan:
     # Unused segments stay as well where all fits: a later pass may use them.
-    everything = range(len(trace.segments))
+    everything = [index for index, segment in enumerate(trace.segments) if not segment.is_slot]
+    everything += [index for index in trace.used if trace.segments[index].is_slot]
     fits = sum(trace.segments[index].size_bytes for index in everything) <= plan.budget_bytes
     kept = [index for index in (everything if fits else trace.used) if index not in streamed]
     resident, end = _pack(trace.segments, kept)
@@ -199,10 +226,8 @@ def _with_loads(plan: Plan, trace: Trace, streamed: Set[int], schedule: Schedule
             break
     if placed is None:
         placed = _step_by_step(trace, streamed)
-    n_bytes = sum(trace.segments[load.segment].nbytes for load in placed.loads)
-    return replace(
-        plan, steps=placed.steps, loads=placed.loads, streamed_bytes=n_bytes, pass_s=pass_s(trace, placed)
-    )
+    n_bytes = plan.gathered_bytes + sum(trace.segments[load.segment].fetch_bytes for load in placed.loads)
+    return replace(plan, steps=placed.steps, loads=placed.loads, streamed_bytes=n_bytes, pass_s=pass_s(trace, placed))
 
 
 def _placed(schedule: Schedule, segments: Sequence[Segment], low: int, high: int) -> Schedule | None:

@@ -30,5 +30,5 @@ def lru_streamed_bytes(trace: Trace, budget_bytes: int) -> int:
                 while held and sum(held.values()) + size_bytes > budget_bytes:
                     held.popitem(last=False)
                 held[index] = size_bytes
-                loaded_bytes += trace.segments[index].nbytes
-    return loaded_bytes
+                loaded_bytes += trace.segments[index].fetch_bytes
+    return loaded_bytes + trace.gathered_bytes

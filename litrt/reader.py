@@ -114,7 +114,15 @@ class Reader:
             raise ValueError(
                 f"{piece.name!r} is read into {info.nbytes} contiguous bytes; got shape {dest.shape} of {dest.dtype}."
             )
-        part = dest[piece.offset : piece.offset + piece.nbytes]
+        self.read_part(piece, dest[piece.offset : piece.offset + piece.nbytes])
+
+    def read_part(self, piece: Piece, part: Bytes) -> None:
+        """Reads `piece` into `part`, the contiguous bytes of the piece alone, and checks it.
+
+        Raises:
+            CorruptWeightError: As `read` does.
+        """
+        info = self.store[piece.name]
         try:
             if not info.direct:
                 self._read_through_zarr(info, piece, part)

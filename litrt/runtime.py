@@ -23,9 +23,9 @@ from litrt.pipeline import Pipeline
 from litrt.plan import Plan, Policy, make_plan, replan
 from litrt.reader import Reader
 from litrt.residents import Residents
-from litrt.skeleton import build, furnish, match, slots
+from litrt.skeleton import build, furnish, match, slots, tables
 from litrt.stats import Stats
-from litrt.store import Store, open_store
+from litrt.store import Store, TensorInfo, open_store
 from litrt.trace import Trace, Use
 from litrt.units import parse_bytes
 
@@ -87,7 +87,14 @@ class Runtime:
         reader = Reader(opened)
         if n_threads is None:
             n_threads = 2 if all(info.direct for info in infos) else 4
-        settled = settle(budget, infos, n_threads * reader.scratch_bytes_per_task)
+        pieces = {name: reader.pieces(name) for name in tables(self.module, found)}
+        slot_bytes = {name: max(piece.nbytes for piece in cut) for name, cut in pieces.items() if len(cut) > 1}
+        settled = settle(budget, infos, n_threads * reader.scratch_bytes_per_task, slot_bytes)
+        infos += [
+            TensorInfo(slot.name, (slot.nbytes,), torch.uint8, slot.nbytes, "", 1, direct=False)
+            for slot in settled.segments
+            if slot.is_slot
+        ]
         self._segments = settled.segments
         self._budget_bytes = settled.budget_bytes
         self._policy: Policy = policy
@@ -108,6 +115,7 @@ class Runtime:
             scratch_bytes=settled.scratch_bytes,
             growable=settled.growable,
             strict=strict,
+            tables=frozenset(index for index, info in enumerate(infos) if info.name in slot_bytes),
         )
         self._stop = weakref.finalize(self, Pipeline.close, self._pipeline)
         try:
@@ -244,7 +252,7 @@ class Runtime:
         self._plan = plan
         self._pipeline.start(plan)
         self._residents.settle(plan.resident)
-        if len(plan.resident) == len(self._segments) and self._residents.all_plain and self._unhook is not None:
+        if all(segment.is_slot or index in plan.resident for index, segment in enumerate(self._segments)) and self._residents.all_plain and self._unhook is not None:
             self._unhook()
 
     def _reconsider(self, uses: list[Use]) -> None:

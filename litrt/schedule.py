@@ -161,13 +161,18 @@ def best_schedule(trace: Trace, streamed: Set[int], window_bytes: int) -> Schedu
     return min(possible, key=lambda schedule: (pass_s(trace, schedule), schedule.streamed_bytes), default=None)
 
 
+def _transfer_s(trace: Trace, index: int) -> float:
+    segment = trace.segments[index]
+    return 0.0 if segment.is_slot else segment.nbytes / trace.bandwidth_bps + trace.latency_s
+
+
 def pass_s(trace: Trace, schedule: Schedule) -> float:
     """Returns the predicted seconds of a steady pass: a max-plus recurrence over loads and steps."""
     steps, loads = schedule.steps, schedule.loads
     if not steps:
         return trace.compute_s
     load_s = [
-        (load.first, load.after, trace.segments[load.segment].nbytes / trace.bandwidth_bps + trace.latency_s)
+        (load.first, load.after, _transfer_s(trace, load.segment))
         for load in loads
     ]
     n_steps = len(steps)

@@ -74,6 +74,12 @@ def _stateful(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
                 yield dot + name, tensor, False
 
 
+def tables(module: nn.Module, found: list[Slot]) -> list[str]:
+    """Returns the stored names of embedding weights, from which rows may be gathered."""
+    weights = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    return [slot.stored for slot in found if id(slot.tensor) in weights and slot.shape[0] > 1]
+
+
 def match(module: nn.Module, found: list[Slot], store: Store) -> None:
     """Finds every slot's tensor in `store`; of a tied one, any of its names will do.
 

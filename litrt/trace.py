@@ -5,7 +5,7 @@ A pass repeats, so a trace is cyclic: after its last use comes its first one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +17,19 @@ class Segment:
         nbytes: Bytes of its values.
         size_bytes: Bytes it occupies in the arena, its padding to `align_bytes` included.
         align_bytes: What its offset in the arena is a multiple of.
+        is_slot: Room that tables pass through piece by piece; it has no bytes of its own to fetch.
     """
 
     name: str
     nbytes: int
     size_bytes: int
     align_bytes: int
+    is_slot: bool = False
+
+    @property
+    def fetch_bytes(self) -> int:
+        """Bytes that a load of it reads."""
+        return 0 if self.is_slot else self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +40,15 @@ class Use:
         segments: Indices of the segments that must be in the arena together.
         compute_s: Seconds from the moment they were all there to the start of the next use.
         n_spanned: Uses that began before this one ended, itself included: 1 unless uses nest.
+        table: The segment of which rows were gathered, where `segments` is the slot they passed through.
+        gathered_bytes: What was read for that.
     """
 
     segments: tuple[int, ...]
     compute_s: float
     n_spanned: int = 1
+    table: int | None = None
+    gathered_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +71,20 @@ class Trace:
     def compute_s(self) -> float:
         """Seconds of a pass that never waits."""
         return sum(use.compute_s for use in self.uses)
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of tables that a pass reads piece by piece."""
+        return sum(use.gathered_bytes for use in self.uses)
+
+    def with_whole_tables(self) -> Trace:
+        """Returns the trace of a pass that uses tables whole in place of gathering rows of them."""
+        return replace(
+            self,
+            uses=tuple(
+                use if use.table is None else Use((use.table,), 0.0, use.n_spanned) for use in self.uses
+            ),
+        )
 
     @property
     def used(self) -> tuple[int, ...]:

@@ -1,0 +1,77 @@
+"""Fixtures that all tests share, and the check that none leaves a thread or a descriptor behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import litrt
+import litrt.runtime
+from litrt.arena import POISON, Arena
+
+MakeStore = Callable[..., Path]
+
+
+def read_threads() -> set[threading.Thread]:
+    """Returns the threads that read weights, of all runtimes."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("litrt-read")}
+
+
+def open_files() -> Counter[str]:
+    """Returns the files and folders that this process has open, with how often; pipes and devices left out."""
+    found: Counter[str] = Counter()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{number}")
+        except OSError:
+            continue  # the descriptor of the listing itself
+        if target.startswith("/") and not target.startswith(("/dev/", "/proc/")):
+            found[target] += 1
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """Fails a test after which there are threads that read, or open files, that were not there before it."""
+    threads, files = read_threads(), open_files()
+    yield
+    if read_threads() - threads or open_files() - files:
+        gc.collect()  # what a test has merely dropped may wait for the cycle collector
+    left = sorted(thread.name for thread in read_threads() - threads)
+    assert not left, f"threads were left running: {left}"
+    opened = open_files() - files
+    assert not opened, f"descriptors were left open: {dict(opened)}"
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> MakeStore:
+    """Returns a function that converts a state dict, or that of a module, to a store in a folder of the test."""
+
+    def make(weights: nn.Module | Mapping[str, torch.Tensor], name: str = "model.zarr", **options: Any) -> Path:
+        state = weights.state_dict() if isinstance(weights, nn.Module) else dict(weights)
+        litrt.convert(state, tmp_path / name, progress=False, **options)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills the arena of every runtime with NaN bytes, at first and wherever a weight is released."""
+
+    def arena(*args: Any) -> Arena:
+        made = Arena(*args, poison=True)
+        assert made._memory is not None
+        made._memory[:] = POISON
+        return made
+
+    monkeypatch.setattr(litrt.runtime, "Arena", arena)
