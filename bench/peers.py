@@ -3,9 +3,10 @@
     python bench/peers.py make DIR --layers 8        # a GPT-J with random weights, once per peer's format
     python bench/peers.py run DIR --limit 4GB --budget 3GB --out bench/results/peers.json
 
-`run` starts every system in a process of its own, inside a memory control group (version 1 or 2, needs root) that counts
-the page cache, and drops the page cache before each; the systems take turns. Each does a warm-up pass and then timed
-passes over the same 32 tokens. The plain model, without a limit, gives the values that all are compared with, bit by bit.
+`run` starts every system in a process of its own, inside a memory control group (version 1 or 2, needs root) that
+counts the page cache, and drops the page cache before each; the systems take turns. Each does a warm-up pass and then
+timed passes over the same 32 tokens. The plain model, without a limit, gives the values that all are compared with,
+bit by bit.
 """
 
 from __future__ import annotations
@@ -46,21 +47,21 @@ class RandomWeights(Mapping[str, torch.Tensor]):
     def __init__(self, n_layers: int) -> None:
         with torch.device("meta"):
             model = model_ctor(n_layers)
-        self._metas = dict(model.named_parameters()) | {
+        self.metas = dict(model.named_parameters()) | {
             name: tensor for name, tensor in model.state_dict().items() if name not in dict(model.named_parameters())
         }
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        meta = self._metas[name]
+        meta = self.metas[name]
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
         values = torch.empty(meta.shape, dtype=meta.dtype)
         return values.normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._metas)
+        return iter(self.metas)
 
     def __len__(self) -> int:
-        return len(self._metas)
+        return len(self.metas)
 
 
 def tokens() -> torch.Tensor:
@@ -92,17 +93,16 @@ def make(folder: Path, n_layers: int) -> None:
         prepare_params(Weights(), str(folder / "pytorch-lit"), progress=False)
 
 
-def _save_safetensors(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+def _save_safetensors(weights: RandomWeights, path: Path) -> None:
     header: dict[str, object] = {}
     offset = 0
-    metas = {name: weights[name] for name in ()} or {name: tensor for name, tensor in weights._metas.items()}  # type: ignore[attr-defined]
-    for name, meta in metas.items():
+    for name, meta in weights.metas.items():
         header[name] = {"dtype": "F32", "shape": list(meta.shape), "data_offsets": [offset, offset + meta.nbytes]}
         offset += meta.nbytes
     encoded = json.dumps(header).encode()
     with path.with_suffix(".partial").open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in metas:
+        for name in weights:
             weights[name].numpy().tofile(file)
     path.with_suffix(".partial").rename(path)
 
@@ -116,14 +116,18 @@ def _litrt(folder: Path, ctor: Callable[[], nn.Module], budget: str) -> tuple[Ca
     return rt, rt
 
 
-def _pytorch_lit(folder: Path, ctor: Callable[[], nn.Module], budget: str) -> tuple[Callable[[torch.Tensor], object], object]:
+def _pytorch_lit(
+    folder: Path, ctor: Callable[[], nn.Module], budget: str
+) -> tuple[Callable[[torch.Tensor], object], object]:
     from pytorch_lit import LitModule
 
     module = LitModule.from_params(str(folder / "pytorch-lit"), lambda: ctor().eval(), device="cpu")
     return module, None
 
 
-def _accelerate(folder: Path, ctor: Callable[[], nn.Module], budget: str) -> tuple[Callable[[torch.Tensor], object], object]:
+def _accelerate(
+    folder: Path, ctor: Callable[[], nn.Module], budget: str
+) -> tuple[Callable[[torch.Tensor], object], object]:
     from accelerate import disk_offload, init_empty_weights
 
     with init_empty_weights():
@@ -145,19 +149,11 @@ def _safetensors_mmap(
 
 
 def _plain(folder: Path, ctor: Callable[[], nn.Module], budget: str) -> tuple[Callable[[torch.Tensor], object], object]:
-    with torch.device("meta"):
-        model = ctor().eval()
-    model = model.to_empty(device="cpu")
-    fresh = RandomWeights(json.loads((folder / "model.json").read_text())["n_layers"])
-    state = model.state_dict()
-    for name in fresh:
-        state[name].copy_(fresh[name])
-    # The rotary tables are not in the checkpoint.
+    model = ctor().eval()
+    weights = RandomWeights(json.loads((folder / "model.json").read_text())["n_layers"])
     with torch.no_grad():
-        small = type(model)(type(model.config)(**{**model.config.to_dict(), "n_layer": 1, "vocab_size": 8, "n_inner": 8}))
-    table = small.transformer.h[0].attn.embed_positions
-    for block in model.transformer.h:
-        block.attn.embed_positions = table
+        for name, values in model.state_dict().items():
+            values.copy_(weights[name])
     return model, None
 
 
@@ -228,9 +224,13 @@ def memory_group(limit_bytes: int) -> Iterator[Callable[[], None]]:
         group.rmdir()
 
 
-def run(folder: Path, limit_bytes: int, budget: str, systems: list[str], n_rounds: int, n_passes: int, out: Path | None) -> None:
+def run(
+    folder: Path, limit_bytes: int, budget: str, systems: list[str], n_rounds: int, n_passes: int, out: Path | None
+) -> None:
     results = []
-    jobs = [("plain", 0)] * ("plain" not in systems) + [(system, number) for number in range(n_rounds) for system in systems]
+    jobs = [("plain", 0)] * ("plain" not in systems) + [
+        (system, number) for number in range(n_rounds) for system in systems
+    ]
     for system, number in jobs:
         subprocess.run(["sync"], check=True)
         Path("/proc/sys/vm/drop_caches").write_text("3")

@@ -1,11 +1,11 @@
 """Run PyTorch models larger than memory, inside a byte budget that you choose, bit-identical to the plain model.
 
-    import litrt
+import litrt
 
-    litrt.convert("model.safetensors", "model.zarr")
-    with litrt.Runtime(model_ctor, "model.zarr", budget="6GB") as rt:
-        rt.warmup(sample_input)
-        y = rt(x)
+litrt.convert("model.safetensors", "model.zarr")
+with litrt.Runtime(model_ctor, "model.zarr", budget="6GB") as rt:
+    rt.warmup(sample_input)
+    y = rt(x)
 """
 
 from litrt.convert import convert

@@ -91,6 +91,8 @@ class Arena:
         """Gives the range of `block` back."""
         if self._poison and self._memory is not None:
             self._memory[block.offset : block.end] = POISON
+        if not block.size_bytes:
+            return
         index = bisect_left(self._offsets, block.offset)
         assert self._blocks[index] is block, "a block is freed once"
         del self._blocks[index], self._offsets[index]
@@ -101,6 +103,8 @@ class Arena:
         self._memory = None
 
     def _add(self, block: Block) -> Block:
+        if not block.size_bytes:
+            return block  # in nobody's way; among the others it could share an offset with one
         index = bisect_left(self._offsets, block.offset)
         self._blocks.insert(index, block)
         self._offsets.insert(index, block.offset)

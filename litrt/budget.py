@@ -107,7 +107,7 @@ def _segment(info: TensorInfo, page_bytes: int) -> Segment:
 
 def available_bytes() -> int:
     """Returns the memory that this process may still take: the machine's, or its control group's where that is less."""
-    return max(min([psutil.virtual_memory().available, *_cgroup_rooms()]), 0)
+    return max(min([int(psutil.virtual_memory().available), *_cgroup_rooms()]), 0)
 
 
 def _cgroup_rooms(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:

@@ -241,9 +241,7 @@ class Cache:
     def _evict_one(self) -> bool:
         """Lets one unused streamed segment go: what no plan holds first, then what is needed last."""
         free = [
-            entry
-            for entry in self.entries
-            if entry.state is State.READY and not entry.n_pins and not entry.resident
+            entry for entry in self.entries if entry.state is State.READY and not entry.n_pins and not entry.resident
         ]
         if not free:
             return False
@@ -270,7 +268,8 @@ class Cache:
         needed_bytes = held_bytes + segment.size_bytes + self.scratch_bytes
         beside = f" beside {format_bytes(held_bytes)} in use" if held_bytes else ""
         raise BudgetError(
-            f"budget {format_bytes(budget_bytes)} cannot hold {segment.name!r} ({format_bytes(segment.nbytes)}){beside}; "
+            f"budget {format_bytes(budget_bytes)} cannot hold {segment.name!r} ({format_bytes(segment.nbytes)})"
+            f"{beside}; "
             f"the smallest workable budget is {format_bytes(needed_bytes)} ({needed_bytes} bytes) or more: "
             "budget='min' finds it.",
             budget_bytes=budget_bytes,

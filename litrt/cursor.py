@@ -63,5 +63,3 @@ class Cursor:
         start = self.position % n_steps
         distance = min((number - start) % n_steps for number in numbers)
         return self.position + distance
-
-

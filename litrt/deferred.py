@@ -96,7 +96,7 @@ class Deferred(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         first = next(value for value in _tensors(args, kwargs) if isinstance(value, Deferred))
@@ -136,7 +136,7 @@ class Deferral(TorchDispatchMode):
     """The record of one construction: enter it around the constructor, ask it for values then and afterwards."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._ops: list[_Op] = []
         self._buffers: dict[int, Buffer] = {}
         self._epochs: list[torch.Tensor] = []  # states of the generator that random operators start from
@@ -157,7 +157,10 @@ class Deferral(TorchDispatchMode):
         if kwargs.get("generator") is not None:
             # A generator of the constructor's own, whose state we must not fall behind.
             return self._run_now(func, args, kwargs)
-        if any(isinstance(value, torch.Tensor) and not isinstance(value, Deferred) for value in _written(func, args, kwargs)):
+        if any(
+            isinstance(value, torch.Tensor) and not isinstance(value, Deferred)
+            for value in _written(func, args, kwargs)
+        ):
             return self._run_now(func, args, kwargs)
         try:
             return self._record(func, args, kwargs)
@@ -213,7 +216,9 @@ class Deferral(TorchDispatchMode):
             if any(isinstance(value, torch.Tensor) and not value.is_meta for value in flat):
                 raise NotImplementedError(f"{func} has no meta kernel")
             results = [(i, self._ref(value)) for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
-        reads = tuple(dict.fromkeys(ref.buffer for ref in tree_flatten((ref_args, ref_kwargs))[0] if isinstance(ref, Ref)))
+        reads = tuple(
+            dict.fromkeys(ref.buffer for ref in tree_flatten((ref_args, ref_kwargs))[0] if isinstance(ref, Ref))
+        )
         makes = tuple((i, ref) for i, ref in results if ref.buffer not in reads)
         written = [ref.buffer for ref in _written(func, ref_args, ref_kwargs) if isinstance(ref, Ref)]
         writes = tuple(dict.fromkeys([*written, *(ref.buffer for _, ref in makes)]))
@@ -262,7 +267,7 @@ class Deferral(TorchDispatchMode):
                 # The values that were handed out must not change with this write.
                 ref = self._ref(value._litrt_meta)
                 originals.pop(id(reals[id(value)]))
-                ref.buffer.values = _values(ref.buffer).clone()
+                ref.buffer.values = _values(ref.buffer).clone()  # type: ignore[no-untyped-call]
                 reals[id(value)] = ref.over(ref.buffer.values)
                 originals[id(reals[id(value)])] = value
             if _draws(func) and kwargs.get("generator") is None:
@@ -390,13 +395,14 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any
 def _makes_new(func: Any, tensors: Sequence[torch.Tensor]) -> bool:
     """Says whether `func` makes a tensor out of numbers alone."""
     if not tensors:
-        return not func._schema.is_mutable
-    name = func._schema.name.removeprefix("aten::")
+        return bool(not func._schema.is_mutable)
+    name: str = func._schema.name.removeprefix("aten::")
     return name.startswith("new_") or name.endswith("_like")
 
 
 def _draws(func: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in func.tags
+    seeded: bool = torch.Tag.nondeterministic_seeded in func.tags
+    return seeded
 
 
 def _is_known(buffer: Buffer) -> bool:
@@ -409,4 +415,4 @@ def _values(buffer: Buffer) -> torch.UntypedStorage:
 
 
 def _allocate(buffer: Buffer) -> torch.UntypedStorage:
-    return torch.UntypedStorage(buffer.meta.nbytes())
+    return torch.UntypedStorage(buffer.meta.nbytes())  # type: ignore[no-untyped-call]

@@ -92,7 +92,8 @@ def _embed(model: Callable[..., Any], tokens: Any) -> torch.Tensor:
     """Returns the mean of the token vectors of each sentence, shape (sentences, width)."""
     hidden: torch.Tensor = model(**tokens).last_hidden_state
     mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-    return (hidden * mask).sum(1) / mask.sum(1)
+    mean: torch.Tensor = (hidden * mask).sum(1) / mask.sum(1)
+    return mean
 
 
 def _median_s(call: Callable[[], object]) -> float:

@@ -28,9 +28,7 @@ class BudgetError(LitrtError, ValueError):
         needed_bytes: The smallest budget that would have worked, or None where that is unknown.
     """
 
-    def __init__(
-        self, message: str, *, budget_bytes: int | None = None, needed_bytes: int | None = None
-    ) -> None:
+    def __init__(self, message: str, *, budget_bytes: int | None = None, needed_bytes: int | None = None) -> None:
         super().__init__(message)
         self.budget_bytes = budget_bytes
         self.needed_bytes = needed_bytes
@@ -102,9 +100,7 @@ class TraceMismatchError(LitrtError, RuntimeError):
         step: Position in the trace, counted from 0.
     """
 
-    def __init__(
-        self, message: str, *, expected: tuple[str, ...], actual: tuple[str, ...], step: int
-    ) -> None:
+    def __init__(self, message: str, *, expected: tuple[str, ...], actual: tuple[str, ...], step: int) -> None:
         super().__init__(message)
         self.expected = expected
         self.actual = actual

@@ -71,13 +71,13 @@ def _plain_parameters(modules: list[nn.Module]) -> Iterator[Callable[[], None]]:
     put: list[tuple[dict[str, Any], str, Placeholder]] = []
 
     def spots() -> list[tuple[dict[str, Any], str, Placeholder]]:
-        return [
-            (child._parameters, name, tensor)
-            for module in modules
-            for child in module.modules()
-            for name, tensor in child._parameters.items()
-            if isinstance(tensor, Placeholder)
-        ]
+        found: list[tuple[dict[str, Any], str, Placeholder]] = []
+        for module in modules:
+            for child in module.modules():
+                for name, tensor in child._parameters.items():
+                    if isinstance(tensor, Placeholder):
+                        found.append((child._parameters, name, tensor))
+        return found
 
     def release() -> None:
         while put:

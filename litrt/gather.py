@@ -1,7 +1,7 @@
 """Rows of a table that is never held whole: its pieces pass through one slot, and the rows are copied out.
 
-An embedding needs a few rows of what is often the largest weight of a model. Every piece that has wanted rows is read and
-checked in full; the others are not read at all.
+An embedding needs a few rows of what is often the largest weight of a model. Every piece that has wanted rows is read
+and checked in full; the others are not read at all.
 """
 
 from __future__ import annotations

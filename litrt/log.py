@@ -59,6 +59,8 @@ class PassLog:
         self.end(number)
         if number == len(self._accesses) - 1:
             self._accesses.pop()
+            for other in self._open:
+                self._accesses[other].n_spanned -= 1
 
     def uses(self, ended_s: float, *, keep: Callable[[int], bool]) -> list[Use]:
         """Returns the uses of the segments to `keep`, with the seconds of compute after each.
@@ -66,13 +68,17 @@ class PassLog:
         What came before the first use is added to the last one: passes repeat.
         """
         uses: list[Use] = []
+        kept_before = [0]
+        for access in self._accesses:
+            kept_before.append(kept_before[-1] + any(keep(index) for index in access.segments))
         lead_s = max(self._accesses[0].began_s - self.began_s, 0.0) if self._accesses else 0.0
         for number, access in enumerate(self._accesses):
             following = self._accesses[number + 1].began_s if number + 1 < len(self._accesses) else ended_s
             seconds = max(following - access.bound_s, 0.0)
             segments = tuple(index for index in access.segments if keep(index))
             if segments:
-                uses.append(Use(segments, seconds, access.n_spanned, access.table, access.gathered_bytes))
+                n_spanned = kept_before[number + access.n_spanned] - kept_before[number]
+                uses.append(Use(segments, seconds, n_spanned, access.table, access.gathered_bytes))
             elif uses:
                 uses[-1] = replace(uses[-1], compute_s=uses[-1].compute_s + seconds)
             else:

@@ -2,8 +2,8 @@
 
 Note on threads. One lock guards every field here, in the cache and in the arena. Operators call `acquire` and `release`
 from the caller's thread; reads run in threads of their own, outside the lock, each into the block of its entry. A block
-that is being read into is never freed: `_read_done`, called when its last piece is there, decides what becomes of it. So
-a read can never write into bytes that were given to somebody else.
+that is being read into is never freed: `_read_done`, called when its last piece is there, decides what becomes of it.
+So a read can never write into bytes that were given to somebody else.
 """
 
 from __future__ import annotations
@@ -207,9 +207,7 @@ class Pipeline:
         expected, number = self._cursor.expected, self._cursor.step
         step = self._cursor.match(streamed)
         if step is None and self._strict:
-            wanted, used = (
-                tuple(self._entries[index].segment.name for index in part) for part in (expected, streamed)
-            )
+            wanted, used = (tuple(self._entries[index].segment.name for index in part) for part in (expected, streamed))
             raise TraceMismatchError(
                 f"step {number} of the trace uses {', '.join(wanted)}, but {', '.join(used)} was used: call warmup() "
                 "with an input that takes the same path, or use strict=False.",
@@ -376,9 +374,10 @@ class Pipeline:
         with self._lock:
             small = sorted(seconds for n_bytes, seconds in self._timings if n_bytes <= _SMALL_READ_BYTES)
             timed = [timing for timing in self._timings if timing[0] > _SMALL_READ_BYTES] or list(self._timings)
-        total_bytes = sum(n_bytes for n_bytes, _ in timed)
-        total_s = sum(seconds for _, seconds in timed)
         latency_s = small[len(small) // 2] if small else 0.0
+        total_bytes = sum(n_bytes for n_bytes, _ in timed)
+        # At least half of the time counts as transfer, however few bytes there were to measure with.
+        total_s = sum(max(seconds - latency_s, seconds / 2) for _, seconds in timed)
         return max(total_bytes / max(total_s, 1e-9), 1.0), latency_s
 
     @property

@@ -4,8 +4,8 @@ A placeholder reports its true shape, dtype and device. Operators are intercepte
 point where they choose a kernel, so the kernel that runs is the one that the plain model runs; `__torch_dispatch__`
 catches what C++ code calls. View operators give a placeholder of the view. Nothing ever computes with a substitute.
 
-Note on identity. `Placeholder` is served as a parameter (`isinstance(w, nn.Parameter)`) or as a buffer. Where a weight stays
-in memory, `torch.utils.swap_tensors` puts a plain tensor in the place of the placeholder object, so that every
+Note on identity. A placeholder is served as a parameter (`isinstance(w, nn.Parameter)`) or as a buffer. Where a weight
+stays in memory, `torch.utils.swap_tensors` puts a plain tensor in the place of the placeholder object, so that every
 reference to it, also one taken in a constructor, becomes a plain tensor.
 """
 
@@ -116,7 +116,7 @@ class Placeholder(torch.Tensor):
         return _call(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -143,9 +143,7 @@ class Placeholder(torch.Tensor):
         """Returns a placeholder for the view of the same segment that `geometry` is."""
         with torch._C.DisableTorchFunctionSubclass():
             device = self.device
-        return Placeholder(
-            self._litrt_source, self._litrt_index, self._litrt_name, geometry, self._litrt_shape, device
-        )
+        return Placeholder(self._litrt_source, self._litrt_index, self._litrt_name, geometry, self._litrt_shape, device)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
@@ -364,9 +362,7 @@ def _converts_nothing(
             device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         except (TypeError, RuntimeError):
             return False
-        same_device = device is None or (
-            device.type == self.device.type and device.index in (None, self.device.index)
-        )
+        same_device = device is None or (device.type == self.device.type and device.index in (None, self.device.index))
         return same_device and dtype in (None, self.dtype) and memory_format in (None, torch.preserve_format)
 
 
@@ -405,29 +401,32 @@ def _methods(*names: str) -> frozenset[Callable[..., Any]]:
             attribute = getattr(owner, name, None)
             if attribute is None:
                 continue
-            found.append(attribute.__get__ if type(attribute).__name__ in ("getset_descriptor", "property") else attribute)
+            found.append(
+                attribute.__get__ if type(attribute).__name__ in ("getset_descriptor", "property") else attribute
+            )
     return frozenset(found)
 
 
 _METADATA = _methods(
-    "shape", "dtype", "device", "layout", "ndim", "names", "itemsize", "nbytes", "grad", "grad_fn", "requires_grad",
-    "is_leaf", "is_cpu", "is_cuda", "is_meta", "is_sparse", "is_sparse_csr", "is_mkldnn", "is_quantized", "is_nested",
-    "is_xpu", "is_mps", "is_xla", "is_ipu", "is_mtia", "is_maia", "is_vulkan", "output_nr", "retains_grad", "name",
-    "volatile", "_version", "_base", "_backward_hooks", "_post_accumulate_grad_hooks", "size", "stride", "dim",
-    "numel", "nelement", "ndimension", "element_size", "storage_offset", "is_contiguous", "is_floating_point",
-    "is_complex", "is_signed", "is_inference", "is_pinned", "is_shared", "is_conj", "is_neg", "has_names", "get_device",
-    "__len__", "__hash__", "__dir__", "_is_view", "is_same_size", "is_set_to", "_is_zerotensor", "_has_symbolic_sizes_strides",
-    "dim_order", "is_distributed", "result_type", "can_cast", "promote_types", "numel",
-)  # fmt: skip
+    *"""
+    shape dtype device layout ndim names itemsize nbytes grad grad_fn requires_grad is_leaf is_cpu is_cuda is_meta
+    is_sparse is_sparse_csr is_mkldnn is_quantized is_nested is_xpu is_mps is_xla is_ipu is_mtia is_maia is_vulkan
+    output_nr retains_grad name volatile _version _base _backward_hooks _post_accumulate_grad_hooks size stride dim
+    numel nelement ndimension element_size storage_offset is_contiguous is_floating_point is_complex is_signed
+    is_inference is_pinned is_shared is_conj is_neg has_names get_device __len__ __hash__ __dir__ _is_view is_same_size
+    is_set_to _is_zerotensor _has_symbolic_sizes_strides dim_order is_distributed result_type can_cast promote_types
+    """.split()
+)
 """What a placeholder answers without its bytes."""
 
 _VIEWS = _methods(
-    "t", "transpose", "permute", "view", "view_as", "reshape", "reshape_as", "unsqueeze", "squeeze", "narrow", "select",
-    "expand", "expand_as", "broadcast_to", "chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit",
-    "unbind", "flatten", "unflatten", "movedim", "moveaxis", "swapaxes", "swapdims", "diagonal", "detach", "contiguous",
-    "alias", "as_strided", "unfold", "adjoint", "ravel", "__getitem__", "T", "mT", "H", "mH", "data", "to", "type", "cpu", "float",
-    "double", "half", "bfloat16", "atleast_1d", "atleast_2d", "atleast_3d",
-)  # fmt: skip
+    *"""
+    t transpose permute view view_as reshape reshape_as unsqueeze squeeze narrow select expand expand_as broadcast_to
+    chunk split split_with_sizes tensor_split hsplit vsplit dsplit unbind flatten unflatten movedim moveaxis swapaxes
+    swapdims diagonal detach contiguous alias as_strided unfold adjoint ravel __getitem__ T mT H mH data to type cpu
+    float double half bfloat16 atleast_1d atleast_2d atleast_3d
+    """.split()
+)
 """What may be answered by a placeholder of the view, where it is one."""
 
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8})
@@ -446,7 +445,20 @@ _WRITERS = frozenset(
         torch.Tensor.__setitem__,
         *(
             getattr(torch.Tensor, f"__i{name}__")
-            for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
+            for name in [
+                "add",
+                "sub",
+                "mul",
+                "truediv",
+                "floordiv",
+                "mod",
+                "pow",
+                "and",
+                "or",
+                "xor",
+                "lshift",
+                "rshift",
+            ]
             if hasattr(torch.Tensor, f"__i{name}__")
         ),
     }

@@ -81,8 +81,8 @@ class Plan:
 
     @property
     def transfer_s(self) -> float:
-        """Seconds in which the store delivers what a pass streams."""
-        return self.streamed_bytes / self.bandwidth_bps
+        """Seconds in which the store delivers what a pass streams; what it gathers is part of `compute_s`."""
+        return (self.streamed_bytes - self.gathered_bytes) / self.bandwidth_bps
 
     @property
     def bottleneck(self) -> str:
@@ -91,7 +91,7 @@ class Plan:
 
     def __str__(self) -> str:
         total_bytes = sum(segment.fetch_bytes for segment in self.segments)
-        streamed = tuple(dict.fromkeys(load.segment for load in self.loads))
+        streamed = [i for i in dict.fromkeys(load.segment for load in self.loads) if not self.segments[i].is_slot]
         kept = [index for index in self.resident if not self.segments[index].is_slot]
         if self.policy == "lru":
             how = "loaded on demand, the least recently used evicted"

@@ -20,7 +20,7 @@ class Residents:
     """
 
     def __init__(self, placeholders: dict[int, list[Placeholder]], pipeline: Pipeline) -> None:
-        self._objects = placeholders
+        self._objects: dict[int, list[torch.Tensor]] = {index: [*spots] for index, spots in placeholders.items()}
         self._pipeline = pipeline
         self._parked: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.all_plain = True
@@ -34,7 +34,7 @@ class Residents:
         for index in indices:
             if index in self._parked:
                 continue
-            parked = []
+            parked: list[tuple[torch.Tensor, torch.Tensor]] = []
             for spot in self._objects.get(index, ()):
                 plain = self._pipeline.resident_tensor(index)
                 if isinstance(spot, nn.Parameter):
@@ -47,7 +47,9 @@ class Residents:
 
     def evict(self, index: int) -> bool:
         """Puts the placeholders of a segment back; says whether all could be, so that nothing holds its bytes."""
-        left = [(spot, placeholder) for spot, placeholder in self._parked.get(index, ()) if not _swap(spot, placeholder)]
+        left = [
+            (spot, placeholder) for spot, placeholder in self._parked.get(index, ()) if not _swap(spot, placeholder)
+        ]
         if left:
             self._parked[index] = left
             return False
@@ -66,7 +68,7 @@ def _swap(spot: torch.Tensor, other: torch.Tensor) -> bool:
         if not key.startswith("_litrt_") and key != "_is_param":
             vars(other).setdefault(key, value)
     try:
-        torch.utils.swap_tensors(spot, other)
+        torch.utils.swap_tensors(spot, other)  # type: ignore[no-untyped-call]
     except RuntimeError:
         return False
     return True

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -28,6 +28,9 @@ from litrt.stats import Stats
 from litrt.store import Store, TensorInfo, open_store
 from litrt.trace import Trace, Use
 from litrt.units import parse_bytes
+
+_QUICK_S = 1.0
+"""Warm-up passes of less than this are run again."""
 
 
 class Runtime:
@@ -104,6 +107,7 @@ class Runtime:
         self._recording = False
         self._pass_lock = threading.RLock()
         self._in_pass = False
+        self._unhook: Callable[[], None] | None = None
         self._arena = Arena(served_on, settled.capacity_bytes, settled.arena_bytes)
         self._pipeline = Pipeline(
             settled.segments,
@@ -138,7 +142,9 @@ class Runtime:
             return self.module(*args, **kwargs)
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
-        """Runs one pass, inside the budget, to record which operators use which weights; then plans and fills memory.
+        """Runs a pass, inside the budget, to record which operators use which weights; then plans and fills memory.
+
+        A quick pass is run twice, the second time for its timings.
 
         Args:
             *args: A sample input, passed to the module; later inputs should take the same path through it.
@@ -156,9 +162,15 @@ class Runtime:
                     self._hook()
             self._recording = True
             try:
+                began_s = time.perf_counter()
                 self.module(*args, **kwargs)
+                if time.perf_counter() - began_s < _QUICK_S:
+                    # The first pass of a process is slow in ways that the following ones are not.
+                    self.module(*args, **kwargs)
             finally:
                 self._recording = False
+            self._make_plan(self._last_uses)
+            self._last_uses = []
 
     @property
     def plan(self) -> Plan:
@@ -224,7 +236,7 @@ class Runtime:
             unwrap_fused()
             self._unhook = None
 
-        self._unhook: Callable[[], None] | None = unhook
+        self._unhook = unhook
 
     def _run_pass(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._in_pass = True
@@ -236,23 +248,30 @@ class Runtime:
         finally:
             self._in_pass = False
         self._n_passes += not self._recording
-        if self._plan is None:
-            self._follow(make_plan(self._trace(uses), self._arena.limit_bytes, policy=self._policy))
+        if self._recording:
+            self._last_uses = uses
+        elif self._plan is None:
+            self._make_plan(uses)
         elif n_mismatches:
             self._reconsider(uses)
         else:
             self._last_uses = []
         return result
 
-    def _trace(self, uses: list[Use]) -> Trace:
+    def _make_plan(self, uses: list[Use]) -> None:
         bandwidth_bps, latency_s = self._pipeline.measured()
-        return Trace(self._segments, tuple(uses), bandwidth_bps, latency_s)
+        trace = Trace(self._segments, tuple(uses), bandwidth_bps, latency_s)
+        self._follow(make_plan(trace, self._arena.limit_bytes, policy=self._policy))
 
     def _follow(self, plan: Plan) -> None:
         self._plan = plan
         self._pipeline.start(plan)
         self._residents.settle(plan.resident)
-        if all(segment.is_slot or index in plan.resident for index, segment in enumerate(self._segments)) and self._residents.all_plain and self._unhook is not None:
+        if (
+            all(segment.is_slot or index in plan.resident for index, segment in enumerate(self._segments))
+            and self._residents.all_plain
+            and self._unhook is not None
+        ):
             self._unhook()
 
     def _reconsider(self, uses: list[Use]) -> None:

@@ -65,27 +65,23 @@ def streamed_steps(trace: Trace, streamed: Set[int]) -> tuple[list[Step], list[i
     """Returns the steps of a pass, and for each the last step that begins before it ends."""
     segments: list[tuple[int, ...]] = []
     seconds: list[float] = []
-    spans: list[int] = []
-    lead_s = 0.0
+    numbers: list[int] = []
     ends: list[int] = []
+    lead_s = 0.0
     for number, use in enumerate(trace.uses):
         kept = tuple(index for index in use.segments if index in streamed)
         if kept:
             segments.append(kept)
             seconds.append(use.compute_s)
+            numbers.append(number)
             ends.append(number + use.n_spanned)
         elif segments:
             seconds[-1] += use.compute_s
         else:
             lead_s += use.compute_s
-        # Uses still open see every step that begins meanwhile.
-        for step, end in enumerate(ends[-8:], start=max(len(ends) - 8, 0)):
-            if step == len(spans):
-                spans.append(step)
-            elif number < end:
-                spans[step] = len(segments) - 1
     if segments:
         seconds[-1] += lead_s
+    spans = [bisect_left(numbers, end) - 1 for end in ends]
     return [Step(kept, s) for kept, s in zip(segments, seconds, strict=True)], spans
 
 
@@ -98,6 +94,8 @@ def make_schedule(trace: Trace, streamed: Set[int], window_bytes: int, *, merge_
         window_bytes: Arena bytes for what streams.
         merge_bytes: Keep a segment between two of its uses where it, and what streams between them, take no more.
     """
+    if window_bytes < 0:
+        return None  # the residents alone do not fit
     steps, spans = streamed_steps(trace, streamed)
     n_steps = len(steps)
     if n_steps == 0:
@@ -140,10 +138,12 @@ def make_schedule(trace: Trace, streamed: Set[int], window_bytes: int, *, merge_
         issued += size[index]
         # The fewest ended steps f such that what was issued, less what those steps released, fits in the window.
         # Releases repeat with every pass: released(k * n + g) = k * total + released[g].
-        n_passes, rest = divmod(issued - window_bytes, total)
-        if rest == 0:
-            n_passes, rest = n_passes - 1, total
-        room = n_passes * n_steps + bisect_left(released, rest)
+        room = -n_steps
+        if total:  # what streams may be empty tensors only
+            n_passes, rest = divmod(issued - window_bytes, total)
+            if rest == 0:
+                n_passes, rest = n_passes - 1, total
+            room = n_passes * n_steps + bisect_left(released, rest)
         after = max(after, room, previous_end[index], last_step + 1 - n_steps)
         if after > first:
             return None
@@ -155,8 +155,9 @@ def make_schedule(trace: Trace, streamed: Set[int], window_bytes: int, *, merge_
 def best_schedule(trace: Trace, streamed: Set[int], window_bytes: int) -> Schedule | None:
     """Returns the fastest of a few schedules: they differ in how long a segment with several uses is kept."""
     n_uses = Counter(index for use in trace.uses for index in use.segments if index in streamed)
-    shares = (4, 2, 1) if any(n > 1 for n in n_uses.values()) else (4,)
-    made = [make_schedule(trace, streamed, window_bytes, merge_bytes=window_bytes // share) for share in shares]
+    # Several segments kept at once can be too much together; kept for one use only, they fit wherever the uses do.
+    shares = (0, 1 / 4, 1 / 2, 1) if any(n > 1 for n in n_uses.values()) else (0,)
+    made = [make_schedule(trace, streamed, window_bytes, merge_bytes=int(window_bytes * share)) for share in shares]
     possible = [schedule for schedule in made if schedule is not None]
     return min(possible, key=lambda schedule: (pass_s(trace, schedule), schedule.streamed_bytes), default=None)
 
@@ -171,10 +172,7 @@ def pass_s(trace: Trace, schedule: Schedule) -> float:
     steps, loads = schedule.steps, schedule.loads
     if not steps:
         return trace.compute_s
-    load_s = [
-        (load.first, load.after, _transfer_s(trace, load.segment))
-        for load in loads
-    ]
+    load_s = [(load.first, load.after, _transfer_s(trace, load.segment)) for load in loads]
     n_steps = len(steps)
     seconds = [step.compute_s for step in steps]
     link = clock = 0.0

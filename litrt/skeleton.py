@@ -48,7 +48,7 @@ def build(model_ctor: Callable[[], nn.Module]) -> tuple[nn.Module, Deferral]:
         hint = " Give the constructor, not its result." if isinstance(model_ctor, nn.Module) else ""
         raise TypeError(f"model_ctor must return an nn.Module, not {type(module).__name__}.{hint}")
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(tensor):
             raise LitrtError(f"{name!r} has no shape yet: litrt cannot serve lazy modules. Give every size.")
     return module.eval(), deferral
 
@@ -107,9 +107,7 @@ def match(module: nn.Module, found: list[Slot], store: Store) -> None:
     shapes = [f"{name} is {theirs} in the store and {ours} in the model" for name, (ours, theirs) in misshaped.items()]
     lines += _listed("of another shape", shapes)
     lines.append("Give the constructor that the checkpoint was made with, or convert the checkpoint that fits.")
-    raise SkeletonError(
-        "\n".join(lines), missing=tuple(missing), unexpected=tuple(unexpected), misshaped=misshaped
-    )
+    raise SkeletonError("\n".join(lines), missing=tuple(missing), unexpected=tuple(unexpected), misshaped=misshaped)
 
 
 def _is_ignorable(module: nn.Module, name: str) -> bool:
@@ -136,7 +134,13 @@ def _listed(what: str, names: list[str]) -> list[str]:
 
 
 def furnish(
-    module: nn.Module, found: list[Slot], deferral: Deferral, store: Store, source: Source, indices: dict[str, int], device: Device
+    module: nn.Module,
+    found: list[Slot],
+    deferral: Deferral,
+    store: Store,
+    source: Source,
+    indices: dict[str, int],
+    device: Device,
 ) -> dict[int, list[Placeholder]]:
     """Puts placeholders in the place of all weights, and values in the place of everything else that was deferred.
 
@@ -199,6 +203,8 @@ def _put(old: torch.Tensor, new: torch.Tensor, name: str) -> None:
         if not key.startswith("_litrt_") and key != "_is_param":
             vars(new).setdefault(key, value)
     try:
-        torch.utils.swap_tensors(old, new)
+        torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        raise LitrtError(f"cannot serve {name!r}: its constructor holds it in a way that litrt cannot follow ({error}).") from error
+        raise LitrtError(
+            f"cannot serve {name!r}: its constructor holds it in a way that litrt cannot follow ({error})."
+        ) from error

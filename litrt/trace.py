@@ -81,9 +81,7 @@ class Trace:
         """Returns the trace of a pass that uses tables whole in place of gathering rows of them."""
         return replace(
             self,
-            uses=tuple(
-                use if use.table is None else Use((use.table,), 0.0, use.n_spanned) for use in self.uses
-            ),
+            uses=tuple(use if use.table is None else Use((use.table,), 0.0, use.n_spanned) for use in self.uses),
         )
 
     @property
