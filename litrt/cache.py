@@ -177,12 +177,13 @@ class Cache:
             self.let_go(min(loose, key=lambda other: other.last_use))
         return True
 
-    def place_now(self, absent: Sequence[Entry], together: Sequence[Entry]) -> list[Entry]:
+    def place_now(self, absent: Sequence[Entry], together: Sequence[Entry], *, again: bool = True) -> list[Entry]:
         """Gives `absent` blocks at any cost, and returns them all.
 
         Args:
             absent: What an operator waits for.
             together: All that it uses; where the room is in pieces, these are placed anew, and returned as well.
+            again: Where the room is in pieces, try once more from the start.
 
         Raises:
             BudgetError: If they cannot be held together.
@@ -199,13 +200,14 @@ class Cache:
             for entry in placed:
                 self.free(entry)
             mine = [entry for entry in together if entry.state is State.READY]
-            if not mine or any(entry.n_pins > 1 or entry.resident for entry in mine):
+            if not (placed or mine) or not again or any(entry.n_pins > 1 or entry.resident for entry in mine):
                 raise
             for entry in mine:
                 self.let_go(entry)
             if any(entry.state is not State.ABSENT for entry in mine):
                 raise
-            return self.place_now([*absent, *mine], ())
+            # What was evicted for the last of them left better places for the first.
+            return self.place_now([*absent, *mine], (), again=False)
         return placed
 
     def _make_room(self, entry: Entry) -> None:
@@ -265,7 +267,14 @@ class Cache:
             return
         held_bytes = sum(entry.block.size_bytes for entry in self.entries if entry.block is not None)
         budget_bytes = arena.limit_bytes + self.scratch_bytes
-        needed_bytes = held_bytes + segment.size_bytes + self.scratch_bytes
+        together_bytes = sum(
+            entry.segment.size_bytes
+            for entry in self.entries
+            if entry.n_pins or entry.block is not None or entry.segment is segment
+        )
+        needed_bytes = together_bytes + self.scratch_bytes
+        if needed_bytes <= budget_bytes:  # there is room, in pieces
+            needed_bytes = budget_bytes + segment.size_bytes
         beside = f" beside {format_bytes(held_bytes)} in use" if held_bytes else ""
         raise BudgetError(
             f"budget {format_bytes(budget_bytes)} cannot hold {segment.name!r} ({format_bytes(segment.nbytes)})"

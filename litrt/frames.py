@@ -2,22 +2,25 @@
 
 `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and `nn.TransformerEncoder` take their fast path only if no
 parameter overrides `__torch_function__` and no hook is registered. So that they choose as the plain model does, their
-`forward` is wrapped: while it runs, their own parameters are plain tensors. The fused kernel needs all of them at once
-anyway.
+`forward` is wrapped. While one of the first two runs, its own parameters are plain tensors: the fused kernel needs all
+of them at once anyway. An encoder looks at the parameters of its first layer, does not compute with them, and keeps
+them in a local variable until its last layer has run: it gets placeholders that it takes for plain tensors.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
 
-from litrt.placeholder import Borrowed, Placeholder
+from litrt.placeholder import Borrowed, Placeholder, Unseen
 
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+_Spot = tuple[dict[str, Any], str, Placeholder]
 
 
 def wrap_fused(module: nn.Module) -> Callable[[], None]:
@@ -27,10 +30,9 @@ def wrap_fused(module: nn.Module) -> Callable[[], None]:
         if "forward" in vars(child):
             continue  # somebody else's wrapper
         if isinstance(child, _FUSED):
-            _wrap(child, [child])
+            _wrap(child, functools.partial(_plain_parameters, child))
         elif isinstance(child, nn.TransformerEncoder) and len(child.layers):
-            # It looks at its first layer, and that only before the first layer runs.
-            _wrap(child, [child.layers[0]])
+            _wrap(child, functools.partial(_unseen_parameters, child.layers[0]))
         else:
             continue
         wrapped.append(child)
@@ -42,54 +44,52 @@ def wrap_fused(module: nn.Module) -> Callable[[], None]:
     return unwrap
 
 
-def _wrap(module: nn.Module, looked_at: list[nn.Module]) -> None:
+def _wrap(module: nn.Module, around: Callable[[], AbstractContextManager[None]]) -> None:
     forward = module.forward
-    early = [] if looked_at == [module] else looked_at
 
     @functools.wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with _plain_parameters(looked_at) as release:
-            for layer in early:
-                # Give the layer's weights back when it has run, not when the whole stack has.
-                vars(layer)["_litrt_after"] = release
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                for layer in early:
-                    vars(layer).pop("_litrt_after", None)
-                after = vars(module).pop("_litrt_after", None)
-                if after is not None:
-                    after()
+        with around():
+            return forward(*args, **kwargs)
 
     vars(module)["forward"] = wrapped
 
 
+def _spots(module: nn.Module) -> list[_Spot]:
+    """Returns where `module` and its children have placeholders among their parameters."""
+    return [
+        (child._parameters, name, tensor)  # type: ignore[misc]
+        for child in module.modules()
+        for name, tensor in child._parameters.items()
+        if isinstance(tensor, Placeholder)
+    ]
+
+
 @contextmanager
-def _plain_parameters(modules: list[nn.Module]) -> Iterator[Callable[[], None]]:
-    """Puts plain tensors in the place of the placeholders of `modules` and their children, for a while."""
+def _plain_parameters(module: nn.Module) -> Iterator[None]:
+    """Puts plain tensors in the place of the placeholders of `module` and its children, for a while."""
     borrowed = Borrowed()
-    put: list[tuple[dict[str, Any], str, Placeholder]] = []
-
-    def spots() -> list[tuple[dict[str, Any], str, Placeholder]]:
-        found: list[tuple[dict[str, Any], str, Placeholder]] = []
-        for module in modules:
-            for child in module.modules():
-                for name, tensor in child._parameters.items():
-                    if isinstance(tensor, Placeholder):
-                        found.append((child._parameters, name, tensor))
-        return found
-
-    def release() -> None:
-        while put:
-            parameters, name, placeholder = put.pop()
+    put: list[_Spot] = []
+    try:
+        borrowed.borrow(lambda: [placeholder for _, _, placeholder in _spots(module)])
+        for parameters, name, placeholder in _spots(module):
+            parameters[name] = borrowed[placeholder]
+            put.append((parameters, name, placeholder))
+        yield
+    finally:
+        for parameters, name, placeholder in put:
             parameters[name] = placeholder
         borrowed.give_back()
 
+
+@contextmanager
+def _unseen_parameters(module: nn.Module) -> Iterator[None]:
+    """Puts placeholders that nobody sees in the place of those of `module` and its children, for a while."""
+    spots = _spots(module)
     try:
-        borrowed.borrow(lambda: [placeholder for _, _, placeholder in spots()])
-        for parameters, name, placeholder in spots():
-            parameters[name] = borrowed[placeholder]
-            put.append((parameters, name, placeholder))
-        yield release
+        for parameters, name, placeholder in spots:
+            parameters[name] = Unseen.of(placeholder)
+        yield
     finally:
-        release()
+        for parameters, name, placeholder in spots:
+            parameters[name] = placeholder

@@ -73,11 +73,12 @@ class PassLog:
             kept_before.append(kept_before[-1] + any(keep(index) for index in access.segments))
         lead_s = max(self._accesses[0].began_s - self.began_s, 0.0) if self._accesses else 0.0
         for number, access in enumerate(self._accesses):
-            following = self._accesses[number + 1].began_s if number + 1 < len(self._accesses) else ended_s
-            seconds = max(following - access.bound_s, 0.0)
+            next_s = self._accesses[number + 1].began_s if number + 1 < len(self._accesses) else ended_s
+            seconds = max(next_s - access.bound_s, 0.0)
             segments = tuple(index for index in access.segments if keep(index))
             if segments:
-                n_spanned = kept_before[number + access.n_spanned] - kept_before[number]
+                end = min(number + access.n_spanned, len(self._accesses))
+                n_spanned = kept_before[end] - kept_before[number]
                 uses.append(Use(segments, seconds, n_spanned, access.table, access.gathered_bytes))
             elif uses:
                 uses[-1] = replace(uses[-1], compute_s=uses[-1].compute_s + seconds)

@@ -12,6 +12,7 @@ reference to it, also one taken in a constructor, becomes a plain tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, Self
 
 import torch
@@ -161,6 +162,33 @@ class Placeholder(torch.Tensor):
         )
 
 
+class Unseen(Placeholder):
+    """A placeholder that torch's Python code takes for a plain tensor: it is intercepted in `__torch_dispatch__` only.
+
+    For code that looks whether there is anything to intercept, and does not compute.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, placeholder: Placeholder) -> Self:
+        """Returns one for the same weight."""
+        with torch._C.DisableTorchFunctionSubclass():
+            meta = torch.empty(placeholder._litrt_shape, dtype=placeholder.dtype, device="meta").as_strided(
+                placeholder.size(), placeholder.stride(), placeholder.storage_offset()
+            )
+            return cls(
+                placeholder._litrt_source,
+                placeholder._litrt_index,
+                placeholder._litrt_name,
+                meta,
+                placeholder._litrt_shape,
+                placeholder.device,
+                is_param=hasattr(placeholder, "_is_param"),
+                requires_grad=placeholder._litrt_requires_grad,
+            )
+
+
 def _view_of(placeholder: Placeholder, real: torch.Tensor) -> torch.Tensor:
     """Returns the part of `real`, the whole stored tensor, that `placeholder` stands for."""
     with torch._C.DisableTorchFunctionSubclass():
@@ -244,11 +272,22 @@ def _call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         real_args, real_kwargs = _replace(args, borrowed), _replace(kwargs, borrowed)
-        with torch.no_grad():
+        with torch.no_grad(), _no_autocast_cache():
             return borrowed.without_aliases(func(*real_args, **real_kwargs))
     finally:
         real_args = real_kwargs = None
         borrowed.give_back()
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Keeps autocast from remembering the weights that it casts: until it ends, it would hold all of them."""
+    was_enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was_enabled)
 
 
 def _placeholders(value: Any) -> Iterator[Placeholder]:

@@ -68,7 +68,9 @@ def _swap(spot: torch.Tensor, other: torch.Tensor) -> bool:
         if not key.startswith("_litrt_") and key != "_is_param":
             vars(other).setdefault(key, value)
     try:
-        torch.utils.swap_tensors(spot, other)  # type: ignore[no-untyped-call]
+        # Counting references to a parameter, torch makes a view of it and looks at its gradient function.
+        with torch.inference_mode(False), torch.enable_grad():
+            torch.utils.swap_tensors(spot, other)  # type: ignore[no-untyped-call]
     except RuntimeError:
         return False
     return True

@@ -216,8 +216,8 @@ class Runtime:
     def _hook(self) -> None:
         """Wraps the root's forward, to see passes begin and end, and torch's fused modules."""
         module = self.module
-        forward = module.forward
         unwrap_fused = wrap_fused(module)
+        forward = module.forward  # the root may itself be such a module
 
         @functools.wraps(forward)
         def one_pass(*args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ import gc
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ def build(model_ctor: Callable[[], nn.Module]) -> tuple[nn.Module, Deferral]:
         TypeError: If it does not return a module.
     """
     deferral = Deferral()
-    with torch.inference_mode(False), torch.no_grad(), deferral:
+    with torch.inference_mode(False), torch.no_grad(), _untracked_views(), deferral:
         module = model_ctor()
     if not isinstance(module, nn.Module):
         hint = " Give the constructor, not its result." if isinstance(model_ctor, nn.Module) else ""
@@ -51,6 +52,11 @@ def build(model_ctor: Callable[[], nn.Module]) -> tuple[nn.Module, Deferral]:
         if nn.parameter.is_lazy(tensor):
             raise LitrtError(f"{name!r} has no shape yet: litrt cannot serve lazy modules. Give every size.")
     return module.eval(), deferral
+
+
+def _untracked_views() -> Any:
+    """Makes views without a reference to what they are views of, which would forbid to swap that."""
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView))
 
 
 def slots(module: nn.Module) -> list[Slot]:

@@ -370,9 +370,7 @@ _ENCODERS = (
     _encoder("modernbert", "ModernBertForMaskedLM"),
     _encoder("mpnet", "MPNetForMaskedLM"),
     _encoder("nomic_bert", "NomicBertModel"),
-    _encoder(
-        "nystromformer", "NystromformerForMaskedLM", num_landmarks=_N_TOKENS, segment_means_seq_len=_N_TOKENS
-    ),
+    _encoder("nystromformer", "NystromformerForMaskedLM", num_landmarks=_N_TOKENS, segment_means_seq_len=_N_TOKENS),
     _encoder(
         "perceiver",
         "PerceiverForMaskedLM",
@@ -411,15 +409,11 @@ _ENCODERS = (
 
 _ENCODER_DECODERS = (
     _encoder_decoder("bart", "BartForConditionalGeneration"),
-    _encoder_decoder(
-        "bigbird_pegasus", "BigBirdPegasusForConditionalGeneration", attention_type="original_full"
-    ),
+    _encoder_decoder("bigbird_pegasus", "BigBirdPegasusForConditionalGeneration", attention_type="original_full"),
     _encoder_decoder("blenderbot", "BlenderbotForConditionalGeneration"),
     _encoder_decoder("blenderbot-small", "BlenderbotSmallForConditionalGeneration"),
     _encoder_decoder("fsmt", "FSMTForConditionalGeneration", src_vocab_size=99, tgt_vocab_size=99),
-    _encoder_decoder(
-        "led", "LEDForConditionalGeneration", inputs=_tokens_one_global_and_decoder, attention_window=4
-    ),
+    _encoder_decoder("led", "LEDForConditionalGeneration", inputs=_tokens_one_global_and_decoder, attention_window=4),
     _encoder_decoder("longt5", "LongT5ForConditionalGeneration", local_radius=3),
     _encoder_decoder("m2m_100", "M2M100ForConditionalGeneration"),
     _encoder_decoder("marian", "MarianMTModel"),
@@ -518,9 +512,7 @@ _RECURRENT = (
         moe_intermediate_size=32,
     ),
     _recurrent("mamba", "MambaForCausalLM", state_size=4),
-    _recurrent(
-        "mamba2", "Mamba2ForCausalLM", num_heads=8, head_dim=8, n_groups=2, state_size=8, chunk_size=8
-    ),
+    _recurrent("mamba2", "Mamba2ForCausalLM", num_heads=8, head_dim=8, n_groups=2, state_size=8, chunk_size=8),
     _recurrent(
         "nemotron_h",
         "NemotronHForCausalLM",
@@ -586,9 +578,7 @@ _VISION = (
     _stages("bit", "BitForImageClassification", embedding_size=8, num_groups=4, **_FOUR_STAGES),
     _stages("convnext", "ConvNextForImageClassification", **_FOUR_STAGES),
     _stages("convnextv2", "ConvNextV2ForImageClassification", **_FOUR_STAGES),
-    _large_stages(
-        "cvt", "CvtForImageClassification", embed_dim=(8, 16, 32), num_heads=(1, 2, 4), depth=(1, 2, 3)
-    ),
+    _large_stages("cvt", "CvtForImageClassification", embed_dim=(8, 16, 32), num_heads=(1, 2, 4), depth=(1, 2, 3)),
     _vision("data2vec-vision", "Data2VecVisionForImageClassification"),
     _vision("deit", "DeiTForImageClassification"),
     _vision("dinov2", "Dinov2ForImageClassification"),
@@ -651,9 +641,7 @@ _VISION = (
     _large_stages("pvt_v2", "PvtV2ForImageClassification", **_FOUR_ATTENTION_STAGES),
     _stages("regnet", "RegNetForImageClassification", groups_width=4, embedding_size=8, **_FOUR_STAGES),
     _stages("resnet", "ResNetForImageClassification", embedding_size=8, **_FOUR_STAGES),
-    _large_stages(
-        "segformer", "SegformerForSemanticSegmentation", decoder_hidden_size=16, **_FOUR_ATTENTION_STAGES
-    ),
+    _large_stages("segformer", "SegformerForSemanticSegmentation", decoder_hidden_size=16, **_FOUR_ATTENTION_STAGES),
     _stages(
         "superpoint",
         "SuperPointForKeypointDetection",
@@ -661,9 +649,7 @@ _VISION = (
         decoder_hidden_size=16,
         descriptor_decoder_dim=16,
     ),
-    _stages(
-        "swiftformer", "SwiftFormerForImageClassification", embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)
-    ),
+    _stages("swiftformer", "SwiftFormerForImageClassification", embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
     _stages("swin", "SwinForImageClassification", **_SHIFTED_WINDOWS),
     _stages(
         "swin2sr",
