@@ -22,6 +22,8 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+from litrt.operators import written_by_schema
+
 
 @dataclass(eq=False)
 class Buffer:
@@ -159,7 +161,7 @@ class Deferral(TorchDispatchMode):
             return self._run_now(func, args, kwargs)
         if any(
             isinstance(value, torch.Tensor) and not isinstance(value, Deferred)
-            for value in _written(func, args, kwargs)
+            for value in written_by_schema(func, args, kwargs)
         ):
             return self._run_now(func, args, kwargs)
         try:
@@ -220,7 +222,7 @@ class Deferral(TorchDispatchMode):
             dict.fromkeys(ref.buffer for ref in tree_flatten((ref_args, ref_kwargs))[0] if isinstance(ref, Ref))
         )
         makes = tuple((i, ref) for i, ref in results if ref.buffer not in reads)
-        written = [ref.buffer for ref in _written(func, ref_args, ref_kwargs) if isinstance(ref, Ref)]
+        written = [ref.buffer for ref in written_by_schema(func, ref_args, ref_kwargs) if isinstance(ref, Ref)]
         writes = tuple(dict.fromkeys([*written, *(ref.buffer for _, ref in makes)]))
         if writes:  # a view needs no recipe: its geometry says it all
             self._append(_Op(func, ref_args, ref_kwargs, reads, writes, makes, self._epoch_of(func)))
@@ -262,7 +264,7 @@ class Deferral(TorchDispatchMode):
         with _plain():
             reals = dict(zip(map(id, deferred), self.materialize(deferred), strict=True))
             originals = {id(reals[id(value)]): value for value in deferred}
-            written = [value for value in _written(func, args, kwargs) if isinstance(value, Deferred)]
+            written = [value for value in written_by_schema(func, args, kwargs) if isinstance(value, Deferred)]
             for value in written:
                 # The values that were handed out must not change with this write.
                 ref = self._ref(value._litrt_meta)
@@ -379,17 +381,6 @@ def _constant(values: torch.Tensor) -> torch.Tensor:
 
 def _tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:
     return [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
-
-
-def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """Returns the arguments that `func` writes to, by its schema."""
-    written: list[Any] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = args[position] if position < len(args) else kwargs.get(argument.name)
-        written.extend(value if isinstance(value, list | tuple) else (value,))
-    return written
 
 
 def _makes_new(func: Any, tensors: Sequence[torch.Tensor]) -> bool:

@@ -165,6 +165,15 @@ class Pipeline:
             if self._cursor is not None and not self._closed:
                 self._advance()
 
+    def restore(self, binding: Binding) -> None:
+        """Reads again, in place, what an operator has written to."""
+        with self._lock:
+            entries = [self._entries[index] for index in binding.indices]
+            for entry in entries:
+                self._queue_reads(entry, _URGENT)
+            while any(entry.state is State.READING for entry in entries):
+                self._wait()
+
     def gather(self, index: int, ids: torch.Tensor) -> torch.Tensor | None:
         """Returns rows of a table piece by piece, or None where the whole of it should be used.
 

@@ -18,6 +18,17 @@ from typing import Any, NoReturn, Protocol, Self
 import torch
 
 from litrt.errors import LitrtError, WeightWriteError
+from litrt.operators import (
+    CASTS,
+    CONVERSIONS,
+    DISPATCH_VIEWS,
+    GRAD_SETTERS,
+    INTEGERS,
+    METADATA,
+    REQUIRES_GRAD_GET,
+    VIEWS,
+    written,
+)
 from litrt.pipeline import Binding
 
 
@@ -34,6 +45,10 @@ class Source(Protocol):
 
     def gather(self, index: int, ids: torch.Tensor) -> torch.Tensor | None:
         """Returns rows of a table, or None where the whole of it should be used."""
+        ...
+
+    def restore(self, binding: Binding) -> None:
+        """Reads the values of tensors that were written to again."""
         ...
 
 
@@ -79,6 +94,7 @@ class Placeholder(torch.Tensor):
             device=device,
             requires_grad=False,
         )
+        torch._C._set_throw_on_mutable_data_ptr(self)  # C++ code that wants its memory gets an error, not null
         self._litrt_source = source
         self._litrt_index = index
         self._litrt_name = name
@@ -96,24 +112,22 @@ class Placeholder(torch.Tensor):
         cls, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func == _REQUIRES_GRAD_GET and isinstance(args[0], Placeholder):
+        if func == REQUIRES_GRAD_GET and isinstance(args[0], Placeholder):
             return args[0]._litrt_requires_grad
-        if func in _METADATA:
+        if func in METADATA or (func is torch.Tensor.__format__ and _dim(args[0])):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _VIEWS:
+        if func in VIEWS:
             views = _lazy_view(func, args, kwargs)
             if views is not NotImplemented:
                 return views
-        if func in _GRAD_SETTERS and isinstance(args[0], Placeholder):
+        if func in GRAD_SETTERS and isinstance(args[0], Placeholder):
             return _set_requires_grad(args[0], *args[1:], **kwargs)
         if func is torch.nn.functional.embedding:
             rows = _gather(*args, **kwargs)
             if rows is not None:
                 return rows
-        written = _written(func, args, kwargs)
-        if written is not None:
-            _refuse_write(written, getattr(func, "__name__", str(func)))
+        _check_writes(func, args, kwargs)
         return _call(func, args, kwargs)
 
     @classmethod
@@ -121,13 +135,11 @@ class Placeholder(torch.Tensor):
         cls, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _DISPATCH_VIEWS:
+        if func in DISPATCH_VIEWS:
             views = _lazy_view(func, args, kwargs)
             if views is not NotImplemented:
                 return views
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Placeholder):
-                _refuse_write(value, str(func))
+        _check_writes(func, args, kwargs)
         return _call(func, args, kwargs)
 
     @property
@@ -208,6 +220,7 @@ class Borrowed:
         self._values: dict[int, torch.Tensor] = {}
         self._owners: dict[int, Placeholder] = {}  # by the address of their storage
         self._held: list[tuple[Source, Binding]] = []
+        self._versions: list[int] = []  # of the values, as they were borrowed
 
     def borrow(self, find: Callable[[], Iterable[Placeholder]]) -> None:
         """Loads the values of all placeholders that `find` finds.
@@ -229,6 +242,18 @@ class Borrowed:
                         value = _view_of(placeholder, by_index[placeholder._litrt_index])
                         self._values[id(placeholder)] = value
                         self._owners[value.untyped_storage()._cdata] = placeholder
+        self._versions = [value._version for value in self._values.values()]
+
+    def check_unwritten(self, func: Callable[..., Any]) -> None:
+        """Raises WeightWriteError where `func` has written to what was borrowed, and reads that again.
+
+        For functions that write and do not say so. Inference mode counts no writes: there this notices nothing.
+        """
+        if self._versions != [value._version for value in self._values.values()]:
+            for source, binding in self._held:
+                source.restore(binding)
+            owner = next(iter(self._owners.values()))
+            _refuse_write(owner, getattr(func, "__name__", str(func)))
 
     def __len__(self) -> int:
         return len(self._values)
@@ -273,7 +298,9 @@ def _call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
                 return func(*args, **kwargs)
         real_args, real_kwargs = _replace(args, borrowed), _replace(kwargs, borrowed)
         with torch.no_grad(), _no_autocast_cache():
-            return borrowed.without_aliases(func(*real_args, **real_kwargs))
+            result = func(*real_args, **real_kwargs)
+        borrowed.check_unwritten(func)
+        return borrowed.without_aliases(result)
     finally:
         real_args = real_kwargs = None
         borrowed.give_back()
@@ -340,7 +367,7 @@ def _lazy_view(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
         args = (self, _plain_index(args[1]))
     if not isinstance(self, Placeholder) or _has_tensor((*args[1:], *kwargs.values())):
         return NotImplemented
-    if func in _CONVERSIONS:
+    if func in CONVERSIONS:
         return self if _converts_nothing(self, func, args[1:], kwargs) else NotImplemented
     with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.no_grad():
         base = torch.empty(self._litrt_shape, dtype=self.dtype, device="meta")
@@ -370,7 +397,7 @@ def _plain_index(index: Any) -> Any:
     """Returns `index` with integers in tensors of no dimension as ints: both select, and give a view."""
     if isinstance(index, tuple):
         return tuple(_plain_index(item) for item in index)
-    if type(index) is torch.Tensor and index.dim() == 0 and index.dtype in _INTEGERS and not index.is_meta:
+    if type(index) is torch.Tensor and index.dim() == 0 and index.dtype in INTEGERS and not index.is_meta:
         return int(index)
     return index
 
@@ -389,8 +416,8 @@ def _converts_nothing(
 ) -> bool:
     """Says whether `w.to(...)` and its like ask for the dtype and device that `w` has."""
     with torch._C.DisableTorchFunctionSubclass():
-        if func in _CASTS:
-            return self.dtype == _CASTS[func] and not args and not kwargs
+        if func in CASTS:
+            return self.dtype == CASTS[func] and not args and not kwargs
         if func is torch.Tensor.cpu:
             return self.device.type == "cpu"
         if func is torch.Tensor.type:
@@ -405,23 +432,21 @@ def _converts_nothing(
         return same_device and dtype in (None, self.dtype) and memory_format in (None, torch.preserve_format)
 
 
-def _written(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Placeholder | None:
-    """Returns the placeholder that `func` would write to, if any."""
-    out = kwargs.get("out")
-    for target in out if isinstance(out, list | tuple) else (out,):
-        if isinstance(target, Placeholder):
-            return target
-    if not args or not isinstance(args[0], Placeholder):
-        return None
-    name = getattr(func, "__name__", "")
-    if func in _WRITERS or (name.endswith("_") and not name.endswith("__")):
-        return args[0]
-    return None
-
-
 def _set_requires_grad(placeholder: Placeholder, requires_grad: bool = True) -> Placeholder:
     placeholder._litrt_requires_grad = requires_grad
     return placeholder
+
+
+def _check_writes(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuses a call of `func` that would write to a placeholder."""
+    for target in written(func, args, kwargs):
+        if isinstance(target, Placeholder):
+            _refuse_write(target, getattr(func, "__name__", str(func)))
+
+
+def _dim(tensor: torch.Tensor) -> int:
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.dim()
 
 
 def _refuse_write(placeholder: Placeholder, func_name: str) -> NoReturn:
@@ -430,96 +455,3 @@ def _refuse_write(placeholder: Placeholder, func_name: str) -> NoReturn:
         "checkpoint and convert it again, or use a copy: w = w.clone().",
         name=placeholder._litrt_name,
     )
-
-
-def _methods(*names: str) -> frozenset[Callable[..., Any]]:
-    """Returns the functions of those names, as methods of Tensor, getters of its properties and in `torch`."""
-    found = []
-    for name in names:
-        for owner in (torch.Tensor, torch, torch._C.TensorBase):
-            attribute = getattr(owner, name, None)
-            if attribute is None:
-                continue
-            found.append(
-                attribute.__get__ if type(attribute).__name__ in ("getset_descriptor", "property") else attribute
-            )
-    return frozenset(found)
-
-
-_METADATA = _methods(
-    *"""
-    shape dtype device layout ndim names itemsize nbytes grad grad_fn requires_grad is_leaf is_cpu is_cuda is_meta
-    is_sparse is_sparse_csr is_mkldnn is_quantized is_nested is_xpu is_mps is_xla is_ipu is_mtia is_maia is_vulkan
-    output_nr retains_grad name volatile _version _base _backward_hooks _post_accumulate_grad_hooks size stride dim
-    numel nelement ndimension element_size storage_offset is_contiguous is_floating_point is_complex is_signed
-    is_inference is_pinned is_shared is_conj is_neg has_names get_device __len__ __hash__ __dir__ _is_view is_same_size
-    is_set_to _is_zerotensor _has_symbolic_sizes_strides dim_order is_distributed result_type can_cast promote_types
-    """.split()
-)
-"""What a placeholder answers without its bytes."""
-
-_VIEWS = _methods(
-    *"""
-    t transpose permute view view_as reshape reshape_as unsqueeze squeeze narrow select expand expand_as broadcast_to
-    chunk split split_with_sizes tensor_split hsplit vsplit dsplit unbind flatten unflatten movedim moveaxis swapaxes
-    swapdims diagonal detach contiguous alias as_strided unfold adjoint ravel __getitem__ T mT H mH data to type cpu
-    float double half bfloat16 atleast_1d atleast_2d atleast_3d
-    """.split()
-)
-"""What may be answered by a placeholder of the view, where it is one."""
-
-_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8})
-
-_CASTS = {
-    torch.Tensor.float: torch.float32,
-    torch.Tensor.double: torch.float64,
-    torch.Tensor.half: torch.float16,
-    torch.Tensor.bfloat16: torch.bfloat16,
-}
-_CONVERSIONS = frozenset({torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.type, *_CASTS})
-
-_WRITERS = frozenset(
-    {
-        torch.Tensor.data.__set__,  # type: ignore[attr-defined]
-        torch.Tensor.__setitem__,
-        *(
-            getattr(torch.Tensor, f"__i{name}__")
-            for name in [
-                "add",
-                "sub",
-                "mul",
-                "truediv",
-                "floordiv",
-                "mod",
-                "pow",
-                "and",
-                "or",
-                "xor",
-                "lshift",
-                "rshift",
-            ]
-            if hasattr(torch.Tensor, f"__i{name}__")
-        ),
-    }
-)
-
-_REQUIRES_GRAD: Any = torch.Tensor.requires_grad
-_REQUIRES_GRAD_GET = _REQUIRES_GRAD.__get__
-_GRAD_SETTERS = frozenset({torch.Tensor.requires_grad_, _REQUIRES_GRAD.__set__})
-
-_aten = torch.ops.aten
-_DISPATCH_VIEWS = frozenset(
-    {
-        _aten.detach.default,
-        _aten.alias.default,
-        _aten.view.default,
-        _aten.t.default,
-        _aten.transpose.int,
-        _aten.permute.default,
-        _aten.unsqueeze.default,
-        _aten.select.int,
-        _aten.slice.Tensor,
-        _aten.expand.default,
-        _aten.as_strided.default,
-    }
-)

@@ -273,7 +273,7 @@ USES: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "to a dtype": lambda m, x: (x.to(torch.bfloat16) @ m.matrix.to(torch.bfloat16)).float(),
     "to its own dtype": lambda m, x: x @ m.matrix.to(x.dtype) @ m.matrix.to(x) @ m.matrix.to("cpu"),
     "to a copy": lambda m, x: x @ m.matrix.to(torch.float32, copy=True).mul_(0.5),
-    "float, double, half": lambda m, x: x @ m.matrix.float() + x.double() @ m.matrix.double() + m.a.bias.half(),
+    "casts": lambda m, x: x @ m.matrix.float() + (x.double() @ m.matrix.double()).float() + m.a.bias.half(),
     "clone": lambda m, x: x @ m.matrix.clone().add_(1),
     "detach, data": lambda m, x: x @ m.matrix.detach() @ m.matrix.data,
     "cat": lambda m, x: F.linear(x, torch.cat([m.a.weight, m.matrix]), torch.cat([m.a.bias, m.body.bias]))[:, :WIDTH],
