@@ -540,7 +540,8 @@ _RECURRENT = (
         shared_expert_intermediate_size=32,
     ),
     _recurrent("recurrent_gemma", "RecurrentGemmaForCausalLM", num_hidden_layers=3, attention_window_size=8),
-    _recurrent("rwkv", "RwkvForCausalLM", inputs=_bare_tokens),
+    # With rescaling, it divides its weights in place in its first pass.
+    _recurrent("rwkv", "RwkvForCausalLM", inputs=_bare_tokens, rescale_every=0),
     _recurrent("xlstm", "xLSTMForCausalLM", inputs=_bare_tokens, num_heads=4, chunk_size=4, use_cache=False),
     _recurrent(
         "zamba",
