@@ -137,12 +137,13 @@ def _cgroup_rooms(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/s
 def _room(folder: Path, limit_name: str, usage_name: str, stat_name: str) -> int | None:
     try:
         limit = (folder / limit_name).read_text().strip()
+        limit_bytes = None if limit == "max" else int(limit)
         usage = int((folder / usage_name).read_text())
         stat = dict(line.split() for line in (folder / stat_name).read_text().splitlines())
     except (OSError, ValueError):
         return None
-    if limit == "max":
+    if limit_bytes is None:
         return None
     # Page cache that can be dropped counts as usage, and gives way.
     cached = int(stat.get("inactive_file", 0))
-    return int(limit) - max(usage - cached, 0)
+    return limit_bytes - max(usage - cached, 0)

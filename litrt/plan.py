@@ -93,7 +93,7 @@ class Plan:
         total_bytes = sum(segment.fetch_bytes for segment in self.segments)
         streamed = [i for i in dict.fromkeys(load.segment for load in self.loads) if not self.segments[i].is_slot]
         kept = [index for index in self.resident if not self.segments[index].is_slot]
-        if self.policy == "lru":
+        if self.policy == "lru" and self.streamed_bytes:
             how = "loaded on demand, the least recently used evicted"
         else:
             names = _names(self.segments, streamed)
@@ -163,7 +163,7 @@ def _make_plan(trace: Trace, budget_bytes: int, policy: Policy, seed: int) -> Pl
         tables=tuple(dict.fromkeys(use.table for use in trace.uses if use.table is not None)),
         gathered_bytes=trace.gathered_bytes,
     )
-    if policy == "lru":
+    if policy == "lru" and trace.used_bytes > budget_bytes:
         streamed_bytes = lru_streamed_bytes(trace, budget_bytes)
         steps, _ = streamed_steps(trace, frozenset(trace.used))
         # Nothing is fetched ahead, so transfer and compute add up.

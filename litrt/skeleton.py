@@ -40,17 +40,29 @@ def build(model_ctor: Callable[[], nn.Module]) -> tuple[nn.Module, Deferral]:
     """Runs `model_ctor` without allocating what it makes. Returns the model, in eval mode, and the record of it.
 
     Raises:
-        TypeError: If it does not return a module.
+        TypeError: If it is a module, or does not return one.
+        LitrtError: If it makes tensors of a kind that needs values.
     """
+    if isinstance(model_ctor, nn.Module):
+        raise TypeError(
+            f"model_ctor is a {type(model_ctor).__name__}: give what makes the model, not the model: "
+            "lambda: MyModel(config)."
+        )
     deferral = Deferral()
-    with torch.inference_mode(False), torch.no_grad(), _untracked_views(), deferral:
-        module = model_ctor()
+    try:
+        with torch.inference_mode(False), torch.no_grad(), _untracked_views(), deferral:
+            module = model_ctor()
+    except RuntimeError as error:
+        made = re.search(r"Creating a new Tensor subclass (\w+) .* of type Deferred", str(error))
+        if made is None:
+            raise
+        if made[1].startswith("Uninitialized"):
+            why = "a lazy module, whose weights have no shape yet. Give every size"
+        else:
+            why = f"a {made[1]}, a kind of tensor that cannot be built without its values. Build it after litrt.Runtime"
+        raise LitrtError(f"the constructor makes {why}.") from error
     if not isinstance(module, nn.Module):
-        hint = " Give the constructor, not its result." if isinstance(model_ctor, nn.Module) else ""
-        raise TypeError(f"model_ctor must return an nn.Module, not {type(module).__name__}.{hint}")
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if nn.parameter.is_lazy(tensor):
-            raise LitrtError(f"{name!r} has no shape yet: litrt cannot serve lazy modules. Give every size.")
+        raise TypeError(f"model_ctor must return an nn.Module, not {type(module).__name__}.")
     return module.eval(), deferral
 
 
