@@ -13,7 +13,7 @@ from typing import Literal
 
 from litrt.bound import groups, min_pass_s, min_streamed_bytes
 from litrt.layout import Item, align_up, place
-from litrt.policy import lru_streamed_bytes
+from litrt.policy import lru_loads
 from litrt.residency import choose_streamed
 from litrt.schedule import Load, Schedule, Step, best_schedule, pass_s, streamed_steps
 from litrt.trace import Segment, Trace, Use
@@ -51,6 +51,7 @@ class Plan:
         bound_s: Seconds that no schedule can beat.
         bound_bytes: Bytes per pass that no schedule can beat.
         bandwidth_bps: Bytes per second of the store, measured in warm-up.
+        latency_s: Seconds that a read costs beside its bytes.
     """
 
     policy: Policy
@@ -66,6 +67,7 @@ class Plan:
     bound_s: float
     bound_bytes: int
     bandwidth_bps: float
+    latency_s: float = 0.0
     tables: tuple[int, ...] = field(default=(), repr=False)
     gathered_bytes: int = 0
 
@@ -145,7 +147,6 @@ def make_plan(trace: Trace, budget_bytes: int, *, policy: Policy = "belady", see
 def _make_plan(trace: Trace, budget_bytes: int, policy: Policy, seed: int) -> Plan:
     if budget_bytes < trace.largest_use_bytes:
         raise ValueError(f"budget_bytes {budget_bytes} is below largest_use_bytes {trace.largest_use_bytes}")
-    sizes, compute_s = groups(trace)
     plan = Plan(
         policy=policy,
         budget_bytes=budget_bytes,
@@ -155,19 +156,21 @@ def _make_plan(trace: Trace, budget_bytes: int, policy: Policy, seed: int) -> Pl
         steps=(),
         loads=(),
         streamed_bytes=0,
-        compute_s=trace.compute_s,
+        compute_s=0.0,
         pass_s=trace.compute_s,
-        bound_s=min_pass_s(sizes, compute_s, budget_bytes, trace.bandwidth_bps) if len(sizes) else 0.0,
-        bound_bytes=int(min_streamed_bytes(sizes, budget_bytes)) if len(sizes) else 0,
+        bound_s=0.0,
+        bound_bytes=0,
         bandwidth_bps=trace.bandwidth_bps,
-        tables=tuple(dict.fromkeys(use.table for use in trace.uses if use.table is not None)),
-        gathered_bytes=trace.gathered_bytes,
+        latency_s=trace.latency_s,
     )
+    plan = _bounded(plan, trace)
     if policy == "lru" and trace.used_bytes > budget_bytes:
-        streamed_bytes = lru_streamed_bytes(trace, budget_bytes)
+        loaded = [trace.segments[index] for index in lru_loads(trace, budget_bytes) if not trace.segments[index].is_slot]
+        n_bytes = sum(segment.fetch_bytes for segment in loaded)
+        streamed_bytes = n_bytes + trace.gathered_bytes  # the seconds of what is gathered are in `compute_s`
         steps, _ = streamed_steps(trace, frozenset(trace.used))
         # Nothing is fetched ahead, so transfer and compute add up.
-        seconds = trace.compute_s + streamed_bytes / trace.bandwidth_bps
+        seconds = trace.compute_s + n_bytes / trace.bandwidth_bps + len(loaded) * trace.latency_s
         return replace(plan, steps=tuple(steps), streamed_bytes=streamed_bytes, pass_s=seconds)
 
     best: Plan | None = None
@@ -195,11 +198,25 @@ def _make_plan(trace: Trace, budget_bytes: int, policy: Policy, seed: int) -> Pl
 def replan(plan: Plan, uses: Sequence[Use]) -> Plan:
     """Returns `plan` for other uses of what streams, for passes that do not do what the warm-up did.
 
-    What stays keeps its place; what streams is scheduled anew. `uses` name no resident segment.
+    What stays keeps its place; what streams is scheduled anew. `uses` name no resident segment, so that the bound does
+    not count what a pass needs of those: it is lower than it could be.
     """
-    trace = Trace(plan.segments, tuple(uses), plan.bandwidth_bps)
-    plan = replace(plan, compute_s=trace.compute_s)
+    trace = Trace(plan.segments, tuple(uses), plan.bandwidth_bps, plan.latency_s)
+    plan = _bounded(plan, trace)
     return _with_loads(plan, trace, frozenset(trace.used), None)
+
+
+def _bounded(plan: Plan, trace: Trace) -> Plan:
+    """Returns `plan` with what `trace` says of a pass: its compute, its bounds and its tables."""
+    sizes, seconds = groups(trace)
+    return replace(
+        plan,
+        compute_s=trace.compute_s,
+        bound_s=float(min_pass_s(sizes, seconds, plan.budget_bytes, trace.bandwidth_bps)) if len(sizes) else 0.0,
+        bound_bytes=int(min_streamed_bytes(sizes, plan.budget_bytes)) if len(sizes) else 0,
+        tables=tuple(dict.fromkeys(use.table for use in trace.uses if use.table is not None)),
+        gathered_bytes=trace.gathered_bytes,
+    )
 
 
 def _with_residents(plan: Plan, trace: Trace, streamed: Set[int]) -> Plan:
@@ -245,14 +262,17 @@ def _placed(schedule: Schedule, segments: Sequence[Segment], low: int, high: int
 def _step_by_step(trace: Trace, streamed: Set[int]) -> Schedule:
     """Returns the schedule for a window that holds one step at a time: nothing ahead, places found when loading."""
     steps, spans = streamed_steps(trace, streamed)
-    loads = []
-    held_until: dict[int, int] = {}
+    loads: list[Load] = []
+    latest: dict[int, int] = {}  # of a segment, its load that was last
     for number, step in enumerate(steps):
         # Those on a page first: the others then lie behind them without a gap.
         for index in sorted(step.segments, key=lambda index: -trace.segments[index].align_bytes):
-            if held_until.get(index, -1) < number:
-                loads.append(Load(index, number, spans[number], number))
-                held_until[index] = spans[number]
+            held = loads[latest[index]] if index in latest else None
+            if held is not None and held.last >= number:
+                loads[latest[index]] = replace(held, last=max(held.last, spans[number]))
+                continue
+            latest[index] = len(loads)
+            loads.append(Load(index, number, spans[number], number))
     n_bytes = sum(trace.segments[load.segment].size_bytes for load in loads)
     return Schedule(tuple(steps), tuple(loads), n_bytes)
 

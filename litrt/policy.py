@@ -11,14 +11,20 @@ _N_PASSES = 3
 
 
 def lru_streamed_bytes(trace: Trace, budget_bytes: int) -> int:
-    """Returns the bytes that a steady pass loads when the least recently used segment is evicted on demand.
+    """Returns the bytes that a steady pass loads when the least recently used segment is evicted on demand."""
+    loaded = lru_loads(trace, budget_bytes)
+    return sum(trace.segments[index].fetch_bytes for index in loaded) + trace.gathered_bytes
+
+
+def lru_loads(trace: Trace, budget_bytes: int) -> list[int]:
+    """Returns the segments that a steady pass loads when the least recently used one is evicted on demand.
 
     On a cyclic trace of equal sizes that is all of them, at any budget below the whole model.
     """
     held: OrderedDict[int, int] = OrderedDict()
-    loaded_bytes = 0
+    loaded: list[int] = []
     for _ in range(_N_PASSES):
-        loaded_bytes = 0
+        loaded = []
         for use in trace.uses:
             for index in use.segments:
                 if index in held:
@@ -30,5 +36,5 @@ def lru_streamed_bytes(trace: Trace, budget_bytes: int) -> int:
                 while held and sum(held.values()) + size_bytes > budget_bytes:
                     held.popitem(last=False)
                 held[index] = size_bytes
-                loaded_bytes += trace.segments[index].fetch_bytes
-    return loaded_bytes + trace.gathered_bytes
+                loaded.append(index)
+    return loaded

@@ -10,6 +10,8 @@ from litrt.errors import BudgetError
 _FACTORS = {
     "": 1,
     "b": 1,
+    "byte": 1,
+    "bytes": 1,
     "kb": 10**3,
     "mb": 10**6,
     "gb": 10**9,
@@ -57,7 +59,7 @@ def parse_bytes(value: int | str, *, of_bytes: int | None = None) -> int:
 
 
 def format_bytes(n_bytes: float) -> str:
-    """Returns `n_bytes` in the largest decimal unit that leaves at least one digit before the point.
+    """Returns `n_bytes` in a decimal unit, MB from 0.1 MB on and GB from 0.1 GB on.
 
     >>> format_bytes(830_000_000)
     '0.83 GB'
