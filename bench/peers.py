@@ -4,9 +4,9 @@
     python bench/peers.py run DIR --limit 4GB --budget 3GB --out bench/results/peers.json
 
 `run` starts every system in a process of its own, inside a memory control group (version 1 or 2, needs root) that
-counts the page cache, and drops the page cache before each; the systems take turns. Each does a warm-up pass and then
-timed passes over the same 32 tokens. The plain model, without a limit, gives the values that all are compared with,
-bit by bit.
+counts the page cache, and drops the page cache and measures the disk before each; the systems take turns. Each does a
+warm-up pass and then timed passes over the same 32 tokens. The plain model, without a limit, gives the values that all
+are compared with, bit by bit.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from disk import read_bps
 from torch import nn
 
 import litrt
@@ -189,7 +190,7 @@ def work(system: str, folder: Path, budget: str, n_passes: int) -> None:
         stats = runtime.stats()
         result["read_bytes_per_pass"] = stats.since(before).read_bytes / n_passes
         result["planned_bytes_per_pass"] = runtime.plan.streamed_bytes
-        result["bound_s"] = runtime.plan.bound_s
+        result["bound_bytes_per_pass"] = runtime.plan.bound_bytes
         result["predicted_s"] = runtime.plan.pass_s
         result["bandwidth_bps"] = runtime.plan.bandwidth_bps
         result["stall_s_per_pass"] = stats.since(before).stall_s / n_passes
@@ -234,6 +235,7 @@ def run(
     for system, number in jobs:
         subprocess.run(["sync"], check=True)
         Path("/proc/sys/vm/drop_caches").write_text("3")
+        disk_bps = read_bps(folder / "model.safetensors")  # the disk is not equally fast at all times
         command = [sys.executable, __file__, "work", str(folder), "--system", system, "--budget", budget]
         command += ["--passes", str(n_passes)]
         if system == "plain":
@@ -245,7 +247,7 @@ def run(
             result = {"system": system, "exit_status": process.returncode}
         else:
             result = json.loads(process.stdout.splitlines()[-1])
-        results.append({**result, "round": number})
+        results.append({**result, "round": number, "disk_bps": disk_bps})
         print(json.dumps(results[-1]), flush=True)
     report = {
         "machine": {

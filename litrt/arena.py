@@ -2,14 +2,18 @@
 
 The arena hands out blocks, at a planned offset or in the first hole that fits. It knows nothing of weights. Not
 thread-safe: the pipeline calls it under its lock.
+
+Note on reuse. A range is given back when the host is done with it; the device may still be at work on it. What has to
+happen before the range may be written to is remembered with it, and handed to the next block there.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from litrt.device import Bytes, Device
+from litrt.device import Device, Event, Memory
 from litrt.layout import align_up
 
 POISON = 0xFF
@@ -18,11 +22,15 @@ POISON = 0xFF
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """A range of the arena in use: `size_bytes` from `offset`, `nbytes` of them values."""
+    """A range of the arena in use: `size_bytes` from `offset`, `nbytes` of them values.
+
+    Whoever writes to it first waits for `waits`.
+    """
 
     offset: int
     size_bytes: int
     nbytes: int
+    waits: list[Event] = field(default_factory=list)
 
     @property
     def end(self) -> int:
@@ -45,19 +53,35 @@ class Arena:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
         self._poison = poison
-        self._memory: Bytes | None = device.allocate(max(capacity_bytes, 1))
+        self._device = device
+        self._memory: Memory | None = device.allocate(max(capacity_bytes, 1))
         self._blocks: list[Block] = []  # sorted by offset, disjoint
         self._offsets: list[int] = []
+        self._busy: list[tuple[int, int, list[Event]]] = []  # ranges given back, and what they wait for
 
     @property
     def end(self) -> int:
         """Offset after the last block."""
         return self._blocks[-1].end if self._blocks else 0
 
-    def memory(self, block: Block) -> Bytes:
+    def memory(self, block: Block) -> Memory:
         """Returns a fresh view of the values of `block`."""
+        return self._range(block.offset, block.offset + block.nbytes)
+
+    def _range(self, start: int, end: int) -> Memory:
         assert self._memory is not None, "the arena was dropped"
-        return self._memory[block.offset : block.offset + block.nbytes]
+        return self._memory[start:end]
+
+    def resize(self, limit_bytes: int) -> bool:
+        """Puts memory of exactly `limit_bytes` in the place of the buffer; says whether it could: it is empty then."""
+        if self._blocks:
+            return False
+        self._device.synchronize()
+        self._busy.clear()
+        self._memory = None
+        self._memory = self._device.allocate(max(limit_bytes, 1))
+        self.capacity_bytes = self.limit_bytes = limit_bytes
+        return True
 
     def place(self, nbytes: int, size_bytes: int, align_bytes: int) -> Block | None:
         """Returns a block in the first hole that fits, or None."""
@@ -87,12 +111,15 @@ class Arena:
                 found.append(block)
         return found
 
-    def free(self, block: Block) -> None:
-        """Gives the range of `block` back."""
-        if self._poison and self._memory is not None:
-            self._memory[block.offset : block.end] = POISON
+    def free(self, block: Block, events: Iterable[Event] = ()) -> None:
+        """Gives the range of `block` back; it may be written to once `events` have happened."""
         if not block.size_bytes:
-            return
+            return  # nothing is in its way, and it is in nothing's way
+        waits = list(events)
+        if self._poison and self._memory is not None:
+            self._device.fill(self._range(block.offset, block.end), POISON, waits)
+        if waits:
+            self._busy.append((block.offset, block.end, waits))
         index = bisect_left(self._offsets, block.offset)
         assert self._blocks[index] is block, "a block is freed once"
         del self._blocks[index], self._offsets[index]
@@ -101,6 +128,7 @@ class Arena:
     def drop(self) -> None:
         """Lets the buffer go; its memory is given back when the last tensor over it is gone."""
         self._memory = None
+        self._busy.clear()
 
     def _add(self, block: Block) -> Block:
         if not block.size_bytes:
@@ -109,4 +137,18 @@ class Arena:
         self._blocks.insert(index, block)
         self._offsets.insert(index, block.offset)
         self.held_bytes += block.nbytes
+        if self._busy:
+            self._hand_over(block)
         return block
+
+    def _hand_over(self, block: Block) -> None:
+        """Gives `block` what its range waits for; what it covers in full need not be remembered any more."""
+        kept = []
+        for start, end, events in self._busy:
+            if start < block.end and block.offset < end:
+                block.waits.extend(event for event in events if event not in block.waits)
+                if block.offset <= start and end <= block.end:
+                    continue
+            if not all(self._device.is_done(event) for event in events):
+                kept.append((start, end, events))
+        self._busy = kept

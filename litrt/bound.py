@@ -30,7 +30,7 @@ def groups(trace: Trace) -> tuple[Array, Array]:
     for use in trace.uses:
         fresh = [index for index in use.segments if index not in seen]
         seen.update(fresh)
-        sizes.append(float(sum(trace.segments[index].fetch_bytes for index in fresh)))
+        sizes.append(float(sum(trace.segments[index].nbytes for index in fresh if not trace.segments[index].is_slot)))
     # What a gather takes is reading, which a table in memory would spare: it bounds nothing.
     return np.array(sizes), np.array([use.compute_s if use.table is None else 0.0 for use in trace.uses])
 

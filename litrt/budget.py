@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
-
+from litrt.device import Device
 from litrt.errors import BudgetError
 from litrt.layout import align_up
+from litrt.memory import available_bytes
 from litrt.store import TensorInfo
 from litrt.trace import Segment
 from litrt.units import format_bytes, parse_bytes
@@ -34,6 +33,7 @@ class Budget:
         scratch_bytes: What reads need beside the arena.
         segments: The weights, as they lie in the arena.
         growable: Start with no arena, and let it grow to what the largest use needs.
+        is_auto: What it grows to is for the warm-up only: after that, it is what the device has left.
     """
 
     budget_bytes: int
@@ -41,6 +41,7 @@ class Budget:
     scratch_bytes: int
     segments: tuple[Segment, ...]
     growable: bool = False
+    is_auto: bool = False
 
     @property
     def capacity_bytes(self) -> int:
@@ -50,36 +51,51 @@ class Budget:
         return max(self.arena_bytes, sum(segment.size_bytes + PAGE_BYTES for segment in self.segments))
 
 
-def settle(budget: int | str, infos: Sequence[TensorInfo], scratch_bytes: int, slot_bytes: dict[str, int]) -> Budget:
+def settle(
+    budget: int | str,
+    infos: Sequence[TensorInfo],
+    scratch_bytes: int,
+    slot_bytes: dict[str, int],
+    *,
+    stored: Sequence[TensorInfo] | None = None,
+    device: Device | None = None,
+) -> Budget:
     """Returns the bytes of `budget` for the weights `infos`.
 
     Args:
         budget: As in `litrt.Runtime`.
         infos: The distinct weights of the model.
-        scratch_bytes: What the reader's threads need beside the arena.
+        scratch_bytes: What loads need beside the arena.
         slot_bytes: Names of tables of which rows may be gathered, to the bytes of their largest piece.
+        stored: The weights as they are in the store, where some are served in another dtype.
+        device: Where the arena is; by default in memory of the host.
 
     Raises:
         BudgetError: If `budget` cannot be read, or cannot hold the largest weight.
     """
     total_bytes = sum(info.nbytes for info in infos)
-    segments = tuple(_segment(info, PAGE_BYTES) for info in infos)
-    slot: tuple[Segment, ...] = ()
-    if slot_bytes:
-        size_bytes = align_up(max(slot_bytes.values()), PAGE_BYTES)
-        slot = (Segment("(rows of tables)", size_bytes, size_bytes, PAGE_BYTES, is_slot=True),)
+    on_host = device is None or device.is_host
+    segments = as_segments(infos, stored, None if on_host or device is None else device.align_bytes)
+    # Rows of a table come by way of the host, so that a device needs no room for them.
+    slot = slot_segment(slot_bytes.values()) if on_host else ()
     footprint_bytes = sum(segment.size_bytes for segment in segments)
+    is_direct = all(info.direct for info in infos)
     if budget == "min":
         return Budget(scratch_bytes, 0, scratch_bytes, segments + slot, growable=True)
+    if budget == "auto" and not on_host:
+        return Budget(scratch_bytes, 0, scratch_bytes, segments, growable=True, is_auto=True)
     if budget == "auto":
         budget_bytes = int(available_bytes() * _AUTO_SHARE)
     else:
         budget_bytes = parse_bytes(budget, of_bytes=total_bytes)
     if budget_bytes >= footprint_bytes + scratch_bytes:
         return Budget(footprint_bytes + scratch_bytes, footprint_bytes, scratch_bytes, segments + slot)
-    if budget_bytes >= total_bytes and all(info.direct for info in infos):
+    if not on_host and budget_bytes >= total_bytes + scratch_bytes:
+        # All values fit; the gaps between them, of less than the alignment each, come on top.
+        return Budget(budget_bytes, footprint_bytes, scratch_bytes, segments)
+    if budget_bytes >= total_bytes and not casts_some(infos, stored) and on_host and is_direct:
         # All fits, though not with every large weight on a page. Off a page, reads need no scratch.
-        packed = tuple(_segment(info, CACHE_LINE_BYTES) for info in infos)
+        packed = as_segments(infos, stored, CACHE_LINE_BYTES)
         return Budget(budget_bytes, sum(segment.size_bytes for segment in packed), 0, packed)
     # Of a table, no more than a piece may ever be needed at once.
     largest = max(
@@ -100,50 +116,39 @@ def settle(budget: int | str, infos: Sequence[TensorInfo], scratch_bytes: int, s
     return Budget(budget_bytes, budget_bytes - scratch_bytes, scratch_bytes, segments + slot)
 
 
-def _segment(info: TensorInfo, page_bytes: int) -> Segment:
-    align_bytes = page_bytes if info.nbytes >= _LARGE_BYTES else CACHE_LINE_BYTES
-    return Segment(info.name, info.nbytes, align_up(info.nbytes, align_bytes), align_bytes)
+def settle_host(budget: int | str, device: Device) -> int:
+    """Returns the bytes of the host tier: `"auto"` is half of what is available, and no more ever is.
+
+    Raises:
+        BudgetError: If `budget` cannot be read.
+    """
+    if device.is_host or (not isinstance(budget, str) and budget == 0):
+        return 0
+    available = available_bytes()
+    if budget == "auto":
+        return int(available * _AUTO_SHARE)
+    return min(parse_bytes(budget, of_bytes=available), available)
 
 
-def available_bytes() -> int:
-    """Returns the memory that this process may still take: the machine's, or its control group's where that is less."""
-    return max(min([int(psutil.virtual_memory().available), *_cgroup_rooms()]), 0)
+def as_segments(
+    infos: Sequence[TensorInfo], stored: Sequence[TensorInfo] | None = None, align_bytes: int | None = None
+) -> tuple[Segment, ...]:
+    """Returns weights as they lie in an arena; by default large ones on a page and others on a cache line."""
+    segments = []
+    for info, as_stored in zip(infos, stored or infos, strict=True):
+        align = align_bytes or (PAGE_BYTES if info.nbytes >= _LARGE_BYTES else CACHE_LINE_BYTES)
+        moved_bytes = None if as_stored.dtype == info.dtype else as_stored.nbytes
+        size_bytes = align_up(info.nbytes, align)
+        segments.append(Segment(info.name, info.nbytes, size_bytes, align, stored_bytes=moved_bytes))
+    return tuple(segments)
 
 
-def _cgroup_rooms(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """Yields limit less usage of every memory control group that this process is in."""
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2
-            top, names = root, ("memory.max", "memory.current", "memory.stat")
-        elif "memory" in controllers.split(","):
-            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
-        else:
-            continue
-        # In a container the group's own folder may be mounted at the top.
-        group = top / path.lstrip("/")
-        for folder in [group, *group.parents]:
-            room = _room(folder, *names)
-            if room is not None:
-                yield room
-            if folder == top:
-                break
+def slot_segment(piece_bytes: Iterable[int]) -> tuple[Segment, ...]:
+    """Returns the room that pieces of those sizes pass through, or none where there are no pieces."""
+    size_bytes = align_up(max(piece_bytes, default=0), PAGE_BYTES)
+    return (Segment("(rows of tables)", size_bytes, size_bytes, PAGE_BYTES, is_slot=True),) if size_bytes else ()
 
 
-def _room(folder: Path, limit_name: str, usage_name: str, stat_name: str) -> int | None:
-    try:
-        limit = (folder / limit_name).read_text().strip()
-        limit_bytes = None if limit == "max" else int(limit)
-        usage = int((folder / usage_name).read_text())
-        stat = dict(line.split() for line in (folder / stat_name).read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    if limit_bytes is None:
-        return None
-    # Page cache that can be dropped counts as usage, and gives way.
-    cached = int(stat.get("inactive_file", 0))
-    return limit_bytes - max(usage - cached, 0)
+def casts_some(infos: Sequence[TensorInfo], stored: Sequence[TensorInfo] | None) -> bool:
+    """Says whether some weight is served in another dtype than it is stored in."""
+    return any(info.dtype != other.dtype for info, other in zip(infos, stored or infos, strict=True))

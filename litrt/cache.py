@@ -5,7 +5,9 @@ Everything here is called under the pipeline's lock.
 Note on aliases. A tensor over a block has a storage of its own, which holds the only lasting reference to the view of
 the arena that the entry's lease points to. When the lease is dead, no tensor sees the bytes. While it lives, the block
 is HELD: litrt has let go of it, somebody has not, and it is not overwritten. Lease callbacks can run in any thread at
-any allocation, also one that holds the lock, so they only append to a deque.
+any allocation, also one that holds the lock, so they only append to a deque. What somebody has queued with an alias is
+queued before it dies: an event that is recorded when its end is noticed, on the stream that is current then, comes
+after that. As for any tensor in torch, whoever uses an alias on another stream makes the streams wait for each other.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ import gc
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 import torch
 
 from litrt.arena import Arena, Block
-from litrt.device import Bytes, Device
+from litrt.device import Device, Event, Memory
 from litrt.errors import BudgetError
 from litrt.layout import align_up
 from litrt.store import TensorInfo
@@ -46,7 +48,9 @@ class Entry:
     state: State = State.ABSENT
     block: Block | None = None
     tensor: torch.Tensor | None = None
-    lease: weakref.ref[Bytes] | None = None
+    lease: weakref.ref[Memory] | None = None
+    copied: Event | None = None  # when its bytes are there, on a device that runs behind the host
+    used: list[Event] = field(default_factory=list)  # when the uses of it that were queued are done
     resident: bool = False
     n_pins: int = 0  # operators that use it now
     n_pending: int = 0  # pieces not read yet
@@ -125,7 +129,7 @@ class Cache:
         """
         memory = entry.lease() if entry.lease is not None else None
         if memory is None:
-            self.free(entry)
+            self._free_held(entry)
             return
         entry.tensor = self._device.tensor(memory, entry.info)
         entry.state = State.READY
@@ -135,7 +139,12 @@ class Cache:
         while self._freed:
             entry, block = self._freed.popleft()
             if entry.block is block and entry.state is State.HELD:
-                self.free(entry)
+                self._free_held(entry)
+
+    def _free_held(self, entry: Entry) -> None:
+        """Frees a block over which there was a tensor, called by a thread in which it was used."""
+        self._device.record_use(entry.used)
+        self.free(entry)
 
     def let_go(self, entry: Entry) -> None:
         """Frees the block of an unused entry, unless tensors over it live: then it is HELD until they die."""
@@ -144,13 +153,16 @@ class Cache:
         if entry.lease is not None and entry.lease() is not None:
             entry.state = State.HELD
         else:
-            self.free(entry)
+            # There may have been aliases until now, used after the operator that they came from.
+            self._free_held(entry)
 
     def free(self, entry: Entry) -> None:
         """Gives the block of an entry back to the arena."""
         assert entry.block is not None
-        self.arena.free(entry.block)
-        entry.block = entry.tensor = entry.lease = None
+        # What was placed and never written to leaves what it would have waited for to the next one.
+        self.arena.free(entry.block, [*entry.used, *(entry.block.waits if entry.copied is None else ())])
+        entry.block = entry.tensor = entry.lease = entry.copied = None
+        entry.used.clear()
         entry.state = State.ABSENT
         entry.n_pending = entry.held_until = 0
 
@@ -219,7 +231,7 @@ class Cache:
                 continue
             if any(other.state is State.READING and not other.n_pins for other in self.entries):
                 self._wait()
-            elif not collected:
+            elif not collected and any(other.state is State.HELD for other in self.entries):
                 # Tensors over released blocks may be waiting for the cycle collector.
                 collected = True
                 gc.collect()
@@ -254,6 +266,7 @@ class Cache:
         for index, entry in enumerate(self.entries):
             if entry.resident and not entry.n_pins and self.evict_resident(index):
                 entry.resident = False
+                self._device.record_use(entry.used)  # plain tensors are used without our knowing
                 self.let_go(entry)
                 return True
         return False

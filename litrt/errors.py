@@ -2,6 +2,7 @@
 
     LitrtError
     ├── BudgetError(ValueError)           a budget that cannot be read, or cannot hold what is needed
+    ├── DeviceError(ValueError)           a device that litrt cannot serve weights on
     ├── StoreError(ValueError)            a path that is not a litrt store, or a store that cannot be written
     │   └── SkeletonError                 a store whose names or shapes are not the model's
     ├── WeightNotFoundError(KeyError)     a name that the store does not have
@@ -32,6 +33,10 @@ class BudgetError(LitrtError, ValueError):
         super().__init__(message)
         self.budget_bytes = budget_bytes
         self.needed_bytes = needed_bytes
+
+
+class DeviceError(LitrtError, ValueError):
+    """A device that litrt cannot serve weights on, or that is not there."""
 
 
 class StoreError(LitrtError, ValueError):

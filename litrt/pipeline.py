@@ -1,9 +1,13 @@
 """Executes a plan: fetches segments ahead of their use, hands them to operators, releases them after their last use.
 
 Note on threads. One lock guards every field here, in the cache and in the arena. Operators call `acquire` and `release`
-from the caller's thread; reads run in threads of their own, outside the lock, each into the block of its entry. A block
-that is being read into is never freed: `_read_done`, called when its last piece is there, decides what becomes of it.
-So a read can never write into bytes that were given to somebody else.
+from the caller's thread; loads run in threads of their own, outside the lock, each into the block of its entry. A block
+that is being loaded into is never freed: `_read_done`, called when its last piece is there, decides what becomes of it.
+So a load can never write into bytes that were given to somebody else.
+
+On a device that runs behind the host, "there" means: the copy is queued, and the event of its end recorded. `acquire`
+makes the caller's stream wait for that event, and `release` records the one that the next copy to the same place waits
+for.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -22,10 +27,9 @@ from litrt.cache import Cache, Entry, State
 from litrt.cursor import Cursor
 from litrt.device import Device
 from litrt.errors import ClosedError, TraceMismatchError
-from litrt.gather import gather_rows
+from litrt.loader import Loader
 from litrt.log import PassLog
 from litrt.plan import Plan
-from litrt.reader import Reader
 from litrt.reads import ReadThreads
 from litrt.store import TensorInfo
 from litrt.trace import Segment, Use
@@ -46,6 +50,10 @@ class Counters:
     n_faults: int = 0
     read_bytes: int = 0
     stall_s: float = 0.0
+    link_stall_s: float = 0.0  # of a device, which the host does not wait for
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
 @dataclass(slots=True)
@@ -64,10 +72,10 @@ class Pipeline:
     Args:
         segments: What can be served.
         infos: Their entries in the store, in the same order.
-        reader: Reads the store.
+        loader: Loads them into the arena.
         device: Makes tensors over the arena.
         arena: Where the bytes are.
-        n_threads: Threads that read.
+        n_threads: Threads that load.
         scratch_bytes: What those threads need beside the arena.
         growable: Raise the arena's limit instead of failing where a use does not fit.
         strict: Refuse what the plan did not predict.
@@ -78,7 +86,7 @@ class Pipeline:
         self,
         segments: Sequence[Segment],
         infos: Sequence[TensorInfo],
-        reader: Reader,
+        loader: Loader,
         device: Device,
         arena: Arena,
         *,
@@ -99,7 +107,8 @@ class Pipeline:
         self._tables = tables
         self._slot = next((index for index, segment in enumerate(segments) if segment.is_slot), None)
         self._slot_lock = threading.RLock()
-        self._reader = reader
+        self._device = device
+        self._loader = loader
         self._closed = False
         self._plan: Plan | None = None
         self._cursor: Cursor | None = None
@@ -109,9 +118,10 @@ class Pipeline:
         self._expiring: list[tuple[int, int]] = []  # heap of (held_until, index)
         self._clock = 0
         self._log = PassLog()
+        self._ended_s: Any = 0.0
         self._counting = False
         self._timings: deque[tuple[int, float]] = deque(maxlen=4096)  # (bytes, seconds) of loads on demand
-        self._reads: ReadThreads[Entry] = ReadThreads(reader, self._lock, n_threads, self._read_done)
+        self._reads: ReadThreads[Entry] = ReadThreads(loader, self._lock, n_threads, self._read_done)
 
     # Operators: acquire, use, release.
 
@@ -131,22 +141,24 @@ class Pipeline:
             self._check_open()
             began_s = time.perf_counter()
             step = self._step_of(indices)
-            access = self._log.begin(indices, began_s)
+            access = self._log.begin(indices, self._device.mark())
             entries = [self._entries[index] for index in indices]
             for entry in entries:
                 entry.n_pins += 1
             try:
-                self._make_ready(entries)
+                hits = self._make_ready(entries)
                 tensors = [self.cache.tensor(entry) for entry in entries]
+                for entry in entries:
+                    if entry.copied is not None:
+                        self._device.wait(entry.copied, is_hit=entry in hits)
             except BaseException:
                 for entry in entries:
                     entry.n_pins -= 1
                 self._log.drop(access)
                 raise
-            bound_s = time.perf_counter()
-            self._log.bound(access, bound_s)
+            self._log.bound(access, self._device.mark())
             if self._counting:
-                self.counters.stall_s += bound_s - began_s
+                self.counters.stall_s += time.perf_counter() - began_s
             if step is not None:
                 self._open_steps.append(step)
             return Binding(indices, tensors, step, access)
@@ -157,9 +169,11 @@ class Pipeline:
         with self._lock:
             self._clock += 1
             for index in binding.indices:
-                self._entries[index].n_pins -= 1
-                self._entries[index].last_use = self._clock
-            self._log.end(binding.access)
+                entry = self._entries[index]
+                entry.n_pins -= 1
+                entry.last_use = self._clock
+                self._device.record_use(entry.used)
+            self._log.end(binding.access, self._device.mark())
             if binding.step is not None and binding.step in self._open_steps:
                 self._open_steps.remove(binding.step)
             if self._cursor is not None and not self._closed:
@@ -170,6 +184,8 @@ class Pipeline:
         with self._lock:
             entries = [self._entries[index] for index in binding.indices]
             for entry in entries:
+                assert entry.block is not None
+                self._device.record_use(entry.block.waits)  # not before the operator that has written to it
                 self._queue_reads(entry, _URGENT)
             while any(entry.state is State.READING for entry in entries):
                 self._wait()
@@ -183,7 +199,7 @@ class Pipeline:
             index: The segment; one of `tables`.
             ids: Rows, integers of any shape.
         """
-        if index not in self._tables or self._slot is None:
+        if index not in self._tables or (self._slot is None and self._device.is_host):
             return None
         with self._lock:
             entry = self._entries[index]
@@ -194,19 +210,18 @@ class Pipeline:
             if self._plan is None and not self.cache.is_tight(entry.segment.size_bytes):
                 return None
         with self._slot_lock:
-            binding = self.acquire((self._slot,))
+            # Rows come by way of the host; on another device, nothing of it is in the arena.
+            binding = self.acquire(() if self._slot is None else (self._slot,))
             try:
-                slot = binding.tensors[0]
-                rows, n_bytes = gather_rows(
-                    ids, entry.info, self._reads.pieces(entry.info.name), self._reader.read_part, slot
-                )
+                slot = binding.tensors[0] if binding.tensors else None
+                rows, n_bytes = self._loader.gather(index, entry.info, ids, slot)
                 del slot
                 with self._lock:
                     self.counters.read_bytes += n_bytes
                     self._log.gathered(binding.access, index, n_bytes)
             finally:
                 self.release(binding)
-        return rows
+        return rows.to(ids.device)
 
     def _step_of(self, indices: tuple[int, ...]) -> int | None:
         """Returns the step of the plan that a use of `indices` is, and moves the plan on to it."""
@@ -228,16 +243,17 @@ class Pipeline:
             self._advance(up_to=step)  # a jump: what was skipped is released before room is needed
         return step
 
-    def _make_ready(self, entries: list[Entry]) -> None:
-        """Waits until pinned `entries` are all there, loading those of which nothing is."""
+    def _make_ready(self, entries: list[Entry]) -> list[Entry]:
+        """Waits until pinned `entries` are all there, loading those of which nothing is; returns those that were."""
         self.cache.reap()
         for entry in entries:
             if entry.state is State.HELD:
                 self.cache.revive(entry)
             if (error := entry.take_error()) is not None:
                 raise error
+        hits = [entry for entry in entries if entry.state is State.READY]
         if self._counting:
-            self.counters.n_hits += sum(entry.state is State.READY for entry in entries)
+            self.counters.n_hits += len(hits)
             self.counters.n_late += sum(entry.state is State.READING for entry in entries)
             self.counters.n_faults += sum(entry.state is State.ABSENT for entry in entries)
         absent = [entry for entry in entries if entry.state is State.ABSENT]
@@ -252,11 +268,14 @@ class Pipeline:
             self._wait()
         if any(not entry.segment.is_slot for entry in absent):
             self._timings.append((sum(entry.segment.fetch_bytes for entry in absent), time.perf_counter() - began_s))
+        return hits
 
     # The plan: issue loads as steps end, release what has had its last use.
 
     def start(self, plan: Plan) -> None:
         """Follows `plan` from now on: loads its residents, waits for them, and begins to fetch what streams.
+
+        On a device, work that is not of the caller's current stream need not wait for the residents: all is done here.
 
         Called between passes, with nothing pinned. Residents of the plan before must be among those of this one, and
         stay where they are.
@@ -289,6 +308,10 @@ class Pipeline:
             for entry in failed:
                 if (error := entry.take_error()) is not None:
                     raise error
+            self._device.synchronize()
+            for entry, _ in new:
+                entry.copied = None
+            self._loader.follow(plan)
             self._plan = plan
             if plan.steps and plan.policy != "lru":
                 self._cursor = Cursor([step.segments for step in plan.steps])
@@ -311,7 +334,20 @@ class Pipeline:
         """Makes residents like any other segment, after `stop`."""
         with self._lock:
             for entry in self._entries:
-                entry.resident = False
+                if entry.resident:
+                    entry.resident = False
+                    self._device.record_use(entry.used)  # plain tensors were used without our knowing
+
+    def resize(self, limit_bytes: int) -> None:
+        """Makes an arena in which nothing has to stay as large as it is to be from now on."""
+        with self._lock:
+            self.stop()
+            for entry in self._entries:
+                if entry.is_loose:
+                    self.cache.let_go(entry)
+            self.cache.reap()
+            if not self.cache.arena.resize(limit_bytes):
+                self.cache.arena.limit_bytes = min(limit_bytes, self.cache.arena.capacity_bytes)
 
     def _advance(self, up_to: int | None = None) -> None:
         """Counts ended steps, releases what has had its last use, and issues what there is room for."""
@@ -356,20 +392,49 @@ class Pipeline:
     def begin_pass(self, *, counting: bool) -> None:
         """Marks the start of a pass of the root module; its stalls and faults count, or do not."""
         with self._lock:
-            self._log = PassLog(began_s=time.perf_counter())
+            self._take_stalls()
+            self._log = PassLog(began_s=self._device.mark())
             self._counting = counting
+            self._loader.begin_pass(counting=counting)
             if self._cursor is not None:
                 self._cursor.n_mismatches = 0
                 self._open_steps.clear()
                 self._cursor.begin_pass()
                 self._advance()
 
-    def end_pass(self) -> tuple[list[Use], int]:
-        """Returns the uses of the pass that ends, residents left out, and how many were not as planned."""
+    def forget_pass(self, *, counting: bool) -> None:
+        """Begins a new record of what is asked for, of a pass that has no beginning that we know."""
         with self._lock:
-            n_mismatches = self._cursor.n_mismatches if self._cursor is not None else 0
-            uses = self._log.uses(time.perf_counter(), keep=lambda index: not self._entries[index].resident)
-            return uses, n_mismatches
+            self._log = PassLog(began_s=self._device.mark())
+            self._counting = counting
+
+    def end_pass(self) -> int:
+        """Marks the end of a pass; returns how many of its uses were not as planned."""
+        with self._lock:
+            self._ended_s = self._device.mark()
+            return self._cursor.n_mismatches if self._cursor is not None else 0
+
+    def uses(self) -> list[Use]:
+        """Returns the uses of the pass that has ended, residents left out. Waits until the device has run it."""
+        with self._lock:
+            self._device.synchronize()
+            return self._log.uses(
+                self._ended_s, keep=lambda index: not self._entries[index].resident, seconds=self._device.seconds
+            )
+
+    def _take_stalls(self) -> None:
+        """Counts the waits of the device that are known by now."""
+        n_late, stall_s = self._device.take_stalls()
+        if self._counting:
+            self.counters.n_hits -= n_late
+            self.counters.n_late += n_late
+            self.counters.link_stall_s += stall_s
+
+    def count(self) -> Counters:
+        """Returns what was counted so far."""
+        with self._lock:
+            self._take_stalls()
+            return replace(self.counters)
 
     # What others ask.
 
@@ -404,11 +469,11 @@ class Pipeline:
 
     def _queue_reads(self, entry: Entry, priority: int) -> None:
         assert entry.block is not None
-        pieces = () if entry.segment.is_slot else self._reads.pieces(entry.info.name)
+        pieces = () if entry.segment.is_slot else self._loader.pieces(entry.info)
         entry.state = State.READING if pieces else State.READY
         entry.n_pending = len(pieces)
         self.counters.read_bytes += entry.segment.fetch_bytes
-        self._reads.queue(priority, entry, pieces, self.cache.arena.memory(entry.block))
+        self._reads.queue(priority, entry, pieces, self.cache.arena.memory(entry.block), tuple(entry.block.waits))
 
     def _read_done(self, entry: Entry, error: BaseException | None) -> None:
         entry.error = entry.error or error
@@ -418,8 +483,11 @@ class Pipeline:
         entry.state = State.READY
         if entry.error is not None:
             self.cache.free(entry)
-        elif self._cursor is not None and entry.is_loose:
-            self.cache.let_go(entry)  # its step was skipped while it was on its way
+            self._ready.notify_all()
+            return
+        entry.copied = self._device.record_copy()
+        if self._cursor is not None and entry.is_loose:
+            self.cache.free(entry)  # its step was skipped while it was on its way
         self._ready.notify_all()
 
     def _wait(self) -> None:

@@ -165,7 +165,8 @@ def _make_plan(trace: Trace, budget_bytes: int, policy: Policy, seed: int) -> Pl
     )
     plan = _bounded(plan, trace)
     if policy == "lru" and trace.used_bytes > budget_bytes:
-        loaded = [trace.segments[index] for index in lru_loads(trace, budget_bytes) if not trace.segments[index].is_slot]
+        loaded = [trace.segments[index] for index in lru_loads(trace, budget_bytes)]
+        loaded = [segment for segment in loaded if not segment.is_slot]
         n_bytes = sum(segment.fetch_bytes for segment in loaded)
         streamed_bytes = n_bytes + trace.gathered_bytes  # the seconds of what is gathered are in `compute_s`
         steps, _ = streamed_steps(trace, frozenset(trace.used))
@@ -209,11 +210,15 @@ def replan(plan: Plan, uses: Sequence[Use]) -> Plan:
 def _bounded(plan: Plan, trace: Trace) -> Plan:
     """Returns `plan` with what `trace` says of a pass: its compute, its bounds and its tables."""
     sizes, seconds = groups(trace)
+    # Where what is held is not what is moved, the bound takes the segment that moves the fewest bytes for its size.
+    moved = [trace.segments[index] for index in trace.used if trace.segments[index].nbytes]
+    moved_share = min((part.fetch_bytes / part.nbytes for part in moved if not part.is_slot), default=1.0)
+    bound_bps = trace.bandwidth_bps / moved_share
     return replace(
         plan,
         compute_s=trace.compute_s,
-        bound_s=float(min_pass_s(sizes, seconds, plan.budget_bytes, trace.bandwidth_bps)) if len(sizes) else 0.0,
-        bound_bytes=int(min_streamed_bytes(sizes, plan.budget_bytes)) if len(sizes) else 0,
+        bound_s=float(min_pass_s(sizes, seconds, plan.budget_bytes, bound_bps)) if len(sizes) else 0.0,
+        bound_bytes=int(min_streamed_bytes(sizes, plan.budget_bytes) * moved_share) if len(sizes) else 0,
         tables=tuple(dict.fromkeys(use.table for use in trace.uses if use.table is not None)),
         gathered_bytes=trace.gathered_bytes,
     )

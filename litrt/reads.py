@@ -1,14 +1,14 @@
-"""Threads that read pieces of weights, the most urgent first."""
+"""Threads that load pieces of weights, the most urgent first."""
 
 from __future__ import annotations
 
 import heapq
 import threading
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from litrt.device import Bytes
-from litrt.reader import Piece, Reader
+from litrt.device import Event, Memory
+from litrt.loader import Loader
 
 T = TypeVar("T")
 
@@ -16,23 +16,23 @@ T = TypeVar("T")
 class ReadThreads(Generic[T]):
     """A priority queue of pieces and the daemon threads that empty it.
 
-    Reads run outside the lock. What a piece is read into must stay in place until `done` was called for it.
+    Loads run outside the lock. What a piece is loaded into must stay in place until `done` was called for it.
 
     Args:
-        reader: Reads the store; closed by `close`.
+        loader: Loads pieces; closed by `close`.
         lock: Guards the queue, and is held when `done` is called.
-        n_threads: Threads that read.
-        done: Told of every piece that was read, with the error if it could not be.
+        n_threads: Threads that load.
+        done: Told of every piece that was loaded, with the error if it could not be.
     """
 
     def __init__(
-        self, reader: Reader, lock: threading.RLock, n_threads: int, done: Callable[[T, BaseException | None], None]
+        self, loader: Loader, lock: threading.RLock, n_threads: int, done: Callable[[T, BaseException | None], None]
     ) -> None:
-        self._reader = reader
+        self._loader = loader
         self._lock = lock
         self._done = done
         self._work = threading.Condition(lock)
-        self._queue: list[tuple[int, int, T, Piece, Bytes]] = []
+        self._queue: list[tuple[int, int, T, Any, Memory, Sequence[Event]]] = []
         self._n_queued = 0
         self._closed = False
         self._threads = [
@@ -41,15 +41,16 @@ class ReadThreads(Generic[T]):
         for thread in self._threads:
             thread.start()
 
-    def pieces(self, name: str) -> Sequence[Piece]:
-        """Returns the pieces of a tensor."""
-        return self._reader.pieces(name)
+    def queue(
+        self, priority: int, token: T, pieces: Sequence[Any], memory: Memory, waits: Sequence[Event] = ()
+    ) -> None:
+        """Queues pieces of a segment, to be loaded into the `memory` of all of it; lower priorities come first.
 
-    def queue(self, priority: int, token: T, pieces: Sequence[Piece], memory: Bytes) -> None:
-        """Queues pieces of a tensor, to be read into the `memory` of all of it; lower priorities are read first."""
+        The device writes to `memory` after `waits`.
+        """
         for piece in pieces:
             self._n_queued += 1
-            heapq.heappush(self._queue, (priority, self._n_queued, token, piece, memory))
+            heapq.heappush(self._queue, (priority, self._n_queued, token, piece, memory, waits))
         self._work.notify(len(pieces))
 
     def _run(self) -> None:
@@ -59,14 +60,14 @@ class ReadThreads(Generic[T]):
                     self._work.wait()
                 if self._closed:
                     return
-                _, _, token, piece, memory = heapq.heappop(self._queue)
+                _, _, token, piece, memory, waits = heapq.heappop(self._queue)
             error: BaseException | None = None
             try:
-                self._reader.read(piece, memory)
+                self._loader.load(piece, memory, waits)
             except BaseException as raised:
                 # Without its frames, which would keep the memory alive.
                 error = raised.with_traceback(None)
-            del memory
+            del memory, waits
             with self._lock:
                 self._done(token, error)
                 del token, error
@@ -80,4 +81,4 @@ class ReadThreads(Generic[T]):
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
-        self._reader.close()
+        self._loader.close()

@@ -15,10 +15,13 @@ import torch
 from torch import nn
 
 from litrt.arena import Arena
-from litrt.budget import settle
-from litrt.device import open_device
+from litrt.budget import settle, settle_host
+from litrt.device import Device
+from litrt.devices import open_device
 from litrt.errors import ClosedError, LitrtError
 from litrt.frames import wrap_fused
+from litrt.link import HostTier, Link
+from litrt.loader import StoreLoader
 from litrt.pipeline import Pipeline
 from litrt.plan import Plan, Policy, make_plan, replan
 from litrt.reader import Reader
@@ -28,6 +31,12 @@ from litrt.stats import Stats
 from litrt.store import Store, TensorInfo, open_store
 from litrt.trace import Trace, Use
 from litrt.units import parse_bytes
+
+_WARMUP_SHARE = 0.5
+"""Share of a device's free memory that a warm-up may take which is to find out how much is needed."""
+
+_RESERVE_BYTES = 512 << 20
+"""Memory of a device that a budget of "auto" leaves free, beside the activations of the warm-up."""
 
 _QUICK_S = 1.0
 """Warm-up passes of less than this are run again."""
@@ -45,12 +54,18 @@ class Runtime:
         store: A store that `litrt.convert` wrote, or its path.
         budget: The most bytes of weights to hold at any moment, those in flight and the scratch of reads included:
             `"6GB"` (10**9), `"6GiB"` (2**30), `"40%"` of the model, an int of bytes, `"min"` for the smallest that
-            works, or `"auto"` for half of the memory that is available. Activations are not included.
-        device: Where weights are used; `"cpu"` in this version.
+            works, or `"auto"`: on the CPU half of the memory that is available, on CUDA what the device has free
+            less the activations of the warm-up and a reserve. Activations are not included.
+        device: Where weights are used: `"cpu"`, `"cuda"`, `"cuda:1"`; or a `litrt.testing.FakeDevice`.
         policy: `"belady"` keeps a fixed part and streams the rest ahead of its use; `"lru"` loads on demand and
             evicts what was used longest ago, for comparison.
         n_threads: Threads that read; by default what the store needs.
         strict: Raise TraceMismatchError where a pass strays from the recorded one, instead of loading on demand.
+        host_budget: On CUDA, the most bytes of page-locked host memory for what streams to the device: `"auto"` for
+            half of what is available, `0` for no more than copies need. What is resident on the device has no copy
+            in it. Of no use on the CPU.
+        dtype: Serve floating weights in this dtype, whatever the store has: stored bytes are moved, and cast where
+            they are used. Buffers that the constructor makes stay as they are.
 
     Attributes:
         module: The model. Call it, its children, or any method of theirs: `rt.module.generate(...)`.
@@ -59,6 +74,8 @@ class Runtime:
         BudgetError: If `budget` cannot be read, or cannot hold the largest weight.
         StoreError: If `store` is not a complete store.
         SkeletonError: If its names or shapes are not the model's.
+        DeviceError: If there is no such device.
+        ValueError: If another argument cannot be read.
     """
 
     module: nn.Module
@@ -68,11 +85,13 @@ class Runtime:
         model_ctor: Callable[[], nn.Module],
         store: str | os.PathLike[str] | Store,
         budget: int | str = "auto",
-        device: str | torch.device = "cpu",
+        device: str | torch.device | Device = "cpu",
         *,
         policy: Policy = "belady",
         n_threads: int | None = None,
         strict: bool = False,
+        host_budget: int | str = "auto",
+        dtype: torch.dtype | str | None = None,
     ) -> None:
         if policy not in get_args(Policy):
             raise ValueError(f"policy {policy!r} is not known: use 'belady' or 'lru'.")
@@ -80,26 +99,42 @@ class Runtime:
             raise ValueError(f"n_threads must be a positive int, not {n_threads!r}.")
         if budget not in ("min", "auto"):
             parse_bytes(budget, of_bytes=10**9)  # cannot be read? Say so before the model is built.
-        served_on = open_device(device)
+        self._device = open_device(device) if isinstance(device, str | torch.device) else device
         opened = store if isinstance(store, Store) else open_store(store)
+        host_bytes = settle_host(host_budget, self._device)
 
         self.module, deferral = build(model_ctor)
         found = slots(self.module)
         match(self.module, found, opened)
-        infos = [opened[name] for name in dict.fromkeys(slot.stored for slot in found)]
+        stored = [opened[name] for name in dict.fromkeys(slot.stored for slot in found)]
+        infos = stored if dtype is None else [info.cast(_floating(dtype)) for info in stored]
+        indices = {info.name: index for index, info in enumerate(infos)}
         reader = Reader(opened)
         if n_threads is None:
             n_threads = 2 if all(info.direct for info in infos) else 4
         pieces = {name: reader.pieces(name) for name in tables(self.module, found)}
-        slot_bytes = {name: max(piece.nbytes for piece in cut) for name, cut in pieces.items() if len(cut) > 1}
-        settled = settle(budget, infos, n_threads * reader.scratch_bytes_per_task, slot_bytes)
-        infos += [
-            TensorInfo(slot.name, (slot.nbytes,), torch.uint8, slot.nbytes, "", 1, direct=False)
-            for slot in settled.segments
-            if slot.is_slot
-        ]
-        self._segments = settled.segments
-        self._budget_bytes = settled.budget_bytes
+        # On the host, a table of one piece has to be read whole in any case.
+        least = 1 if self._device.is_host else 0
+        slot_bytes = {name: max(piece.nbytes for piece in cut) for name, cut in pieces.items() if len(cut) > least}
+        table_indices = frozenset(indices[name] for name in slot_bytes)
+        self._host: HostTier | None = None
+        loader: StoreLoader | Link
+        if self._device.is_host:
+            casts = {
+                info.name: info.dtype for info, other in zip(infos, stored, strict=True) if info.dtype != other.dtype
+            }
+            loader = StoreLoader(reader, casts)
+            scratch_bytes = n_threads * loader.scratch_bytes_per_task
+        else:
+            self._host = HostTier(self._device, reader, stored, host_bytes, n_threads, table_indices)
+            loader = Link(self._device, self._host, stored, infos)
+            n_threads, scratch_bytes = 1, loader.scratch_bytes
+        self._loader = loader
+        settled = settle(budget, infos, scratch_bytes, slot_bytes, stored=stored, device=self._device)
+        if self._host is not None:
+            few = settled.growable or settled.arena_bytes // 2
+            self._host.open({index for index in table_indices if few is True or infos[index].nbytes > few})
+        self._settled = settled
         self._policy: Policy = policy
         self._plan: Plan | None = None
         self._n_passes = 0
@@ -108,23 +143,29 @@ class Runtime:
         self._pass_lock = threading.RLock()
         self._in_pass = False
         self._unhook: Callable[[], None] | None = None
-        self._arena = Arena(served_on, settled.capacity_bytes, settled.arena_bytes)
+        capacity_bytes = settled.capacity_bytes
+        if settled.growable and not self._device.is_host:
+            capacity_bytes = min(capacity_bytes, int(self._device.free_bytes() * _WARMUP_SHARE))
+        self._arena = Arena(self._device, capacity_bytes, settled.arena_bytes)
+        in_arena = [
+            TensorInfo.of_bytes(segment.name, segment.nbytes) for segment in settled.segments if segment.is_slot
+        ]
         self._pipeline = Pipeline(
             settled.segments,
-            infos,
-            reader,
-            served_on,
+            [*infos, *in_arena],
+            loader,
+            self._device,
             self._arena,
             n_threads=n_threads,
             scratch_bytes=settled.scratch_bytes,
             growable=settled.growable,
             strict=strict,
-            tables=frozenset(index for index, info in enumerate(infos) if info.name in slot_bytes),
+            tables=table_indices,
         )
         self._stop = weakref.finalize(self, Pipeline.close, self._pipeline)
         try:
-            indices = {info.name: index for index, info in enumerate(infos)}
-            placeholders = furnish(self.module, found, deferral, opened, self._pipeline, indices, served_on)
+            by_name = {info.name: info for info in infos}
+            placeholders = furnish(self.module, found, deferral, by_name, self._pipeline, indices, self._device)
             self._residents = Residents(placeholders, self._pipeline)
             self._pipeline.cache.evict_resident = self._residents.evict
             self._hook()
@@ -157,10 +198,12 @@ class Runtime:
                 self._pipeline.stop()
                 self._residents.evict_all()
                 self._pipeline.forget_residents()
+                self._loader.follow(None)
                 self._plan = None
                 if self._unhook is None:
                     self._hook()
             self._recording = True
+            self._device.peak_bytes()
             try:
                 began_s = time.perf_counter()
                 self.module(*args, **kwargs)
@@ -181,18 +224,29 @@ class Runtime:
 
     def stats(self) -> Stats:
         """Returns what has happened so far."""
-        counters = self._pipeline.counters
+        counters = self._pipeline.count()
+        host = self._host.count() if self._host is not None else None
         return Stats(
             n_passes=self._n_passes,
             n_hits=counters.n_hits,
             n_late=counters.n_late,
             n_faults=counters.n_faults,
-            read_bytes=counters.read_bytes,
-            stall_s=counters.stall_s,
+            read_bytes=counters.read_bytes if host is None else host.read_bytes,
+            stall_s=counters.stall_s + counters.link_stall_s,
             peak_bytes=self._pipeline.cache.peak_bytes,
-            budget_bytes=max(self._budget_bytes, self._pipeline.budget_bytes),
+            budget_bytes=max(self._settled.budget_bytes, self._pipeline.budget_bytes),
             resident_bytes=self._pipeline.resident_bytes,
+            link_bytes=0 if host is None else counters.read_bytes,
+            link_stall_s=counters.link_stall_s,
+            disk_stall_s=0.0 if host is None else host.stall_s,
+            host_peak_bytes=0 if self._host is None else self._host.peak_bytes,
+            link_bps=self._loader.link_bps if isinstance(self._loader, Link) else 0.0,
         )
+
+    @property
+    def host_plan(self) -> Plan | None:
+        """What every pass reads into host memory, where the device is not the CPU and anything streams to it."""
+        return self._host.plan if self._host is not None else None
 
     def close(self) -> None:
         """Gives back all memory and ends the threads. The module's weights cannot be used any more."""
@@ -244,31 +298,47 @@ class Runtime:
         try:
             with torch.no_grad():
                 result = forward(*args, **kwargs)
-            uses, n_mismatches = self._pipeline.end_pass()
+            n_mismatches = self._pipeline.end_pass()
         finally:
             self._in_pass = False
         self._n_passes += not self._recording
         if self._recording:
-            self._last_uses = uses
+            self._last_uses = self._pipeline.uses()
         elif self._plan is None:
-            self._make_plan(uses)
+            self._make_plan(self._pipeline.uses())
         elif n_mismatches:
-            self._reconsider(uses)
+            self._reconsider(self._pipeline.uses())
         else:
             self._last_uses = []
         return result
 
     def _make_plan(self, uses: list[Use]) -> None:
         bandwidth_bps, latency_s = self._pipeline.measured()
-        trace = Trace(self._segments, tuple(uses), bandwidth_bps, latency_s)
+        self._fit_arena()
+        if isinstance(self._loader, Link):
+            used_bytes = Trace(self._settled.segments, tuple(uses), 1.0).used_bytes
+            bandwidth_bps, latency_s = self._loader.effective_bps(used_bytes, self._arena.limit_bytes), 0.0
+        trace = Trace(self._settled.segments, tuple(uses), bandwidth_bps, latency_s)
         self._follow(make_plan(trace, self._arena.limit_bytes, policy=self._policy))
+
+    def _fit_arena(self) -> None:
+        """Gives an arena that has grown on a device the size that it is to have, if nobody is in the way."""
+        if self._device.is_host or not self._settled.growable:
+            return
+        limit_bytes = self._arena.limit_bytes
+        if self._settled.is_auto:
+            room_bytes = self._device.free_bytes() + self._arena.capacity_bytes - _RESERVE_BYTES
+            activation_bytes = max(self._device.peak_bytes() - self._arena.capacity_bytes, 0)
+            footprint_bytes = sum(segment.size_bytes for segment in self._settled.segments)
+            limit_bytes = max(limit_bytes, min(room_bytes - activation_bytes, footprint_bytes))
+        self._pipeline.resize(limit_bytes)
 
     def _follow(self, plan: Plan) -> None:
         self._plan = plan
         self._pipeline.start(plan)
         self._residents.settle(plan.resident)
         if (
-            all(segment.is_slot or index in plan.resident for index, segment in enumerate(self._segments))
+            all(segment.is_slot or index in plan.resident for index, segment in enumerate(self._settled.segments))
             and self._residents.all_plain
             and self._unhook is not None
         ):
@@ -281,3 +351,10 @@ class Runtime:
         if again and self._policy == "belady" and self._plan is not None:
             self._follow(replan(self._plan, uses))
             self._last_uses = []
+
+
+def _floating(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"cannot serve weights in {dtype!r}: use a floating dtype such as torch.bfloat16.")
+    return found

@@ -25,10 +25,12 @@ class Step:
     Attributes:
         segments: The streamed segments of the use.
         compute_s: Seconds of compute from this step to the next one.
+        held_s: Seconds of these until its segments are released.
     """
 
     segments: tuple[int, ...]
     compute_s: float
+    held_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ def streamed_steps(trace: Trace, streamed: Set[int]) -> tuple[list[Step], list[i
     """Returns the steps of a pass, and for each the last step that begins before it ends."""
     segments: list[tuple[int, ...]] = []
     seconds: list[float] = []
+    held: list[float | None] = []
     numbers: list[int] = []
     ends: list[int] = []
     lead_s = 0.0
@@ -73,6 +76,7 @@ def streamed_steps(trace: Trace, streamed: Set[int]) -> tuple[list[Step], list[i
         if kept:
             segments.append(kept)
             seconds.append(use.compute_s)
+            held.append(use.held_s if use.n_spanned == 1 else None)
             numbers.append(number)
             ends.append(number + use.n_spanned)
         elif segments:
@@ -82,7 +86,8 @@ def streamed_steps(trace: Trace, streamed: Set[int]) -> tuple[list[Step], list[i
     if segments:
         seconds[-1] += lead_s
     spans = [bisect_left(numbers, end) - 1 for end in ends]
-    return [Step(kept, s) for kept, s in zip(segments, seconds, strict=True)], spans
+    parts = zip(segments, seconds, held, strict=True)
+    return [Step(kept, s, s if held_s is None else min(held_s, s)) for kept, s, held_s in parts], spans
 
 
 def make_schedule(trace: Trace, streamed: Set[int], window_bytes: int, *, merge_bytes: int = 0) -> Schedule | None:
@@ -164,7 +169,7 @@ def best_schedule(trace: Trace, streamed: Set[int], window_bytes: int) -> Schedu
 
 def _transfer_s(trace: Trace, index: int) -> float:
     segment = trace.segments[index]
-    return 0.0 if segment.is_slot else segment.nbytes / trace.bandwidth_bps + trace.latency_s
+    return 0.0 if segment.is_slot else segment.fetch_bytes / trace.bandwidth_bps + trace.latency_s
 
 
 def pass_s(trace: Trace, schedule: Schedule) -> float:
@@ -174,7 +179,7 @@ def pass_s(trace: Trace, schedule: Schedule) -> float:
         return trace.compute_s
     load_s = [(load.first, load.after, _transfer_s(trace, load.segment)) for load in loads]
     n_steps = len(steps)
-    seconds = [step.compute_s for step in steps]
+    seconds = [(step.compute_s, step.held_s) for step in steps]
     link = clock = 0.0
     ended = [0.0]
     marks = [0.0]
@@ -192,8 +197,9 @@ def pass_s(trace: Trace, schedule: Schedule) -> float:
                 position += 1
             if waits:
                 clock = max(clock, link)
-            clock += seconds[step]
-            ended.append(clock)
+            compute_s, held_s = seconds[step]
+            ended.append(clock + held_s)
+            clock += compute_s
         marks.append(clock)
     half = _N_PASSES // 2
     return (marks[-1] - marks[half]) / (_N_PASSES - half)

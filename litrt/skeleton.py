@@ -15,7 +15,7 @@ from litrt.deferred import Deferral, Deferred
 from litrt.device import Device
 from litrt.errors import LitrtError, SkeletonError
 from litrt.placeholder import Placeholder, Source
-from litrt.store import Store
+from litrt.store import Store, TensorInfo
 
 _MAX_NAMES = 10
 """Names that a message lists of each kind; the error's attributes have them all."""
@@ -155,7 +155,7 @@ def furnish(
     module: nn.Module,
     found: list[Slot],
     deferral: Deferral,
-    store: Store,
+    infos: dict[str, TensorInfo],
     source: Source,
     indices: dict[str, int],
     device: Device,
@@ -172,7 +172,7 @@ def furnish(
     placed: dict[int, list[Placeholder]] = {}
     of_buffer: dict[int, tuple[Slot, int]] = {}
     for slot in found:
-        info, index = store[slot.stored], indices[slot.stored]
+        info, index = infos[slot.stored], indices[slot.stored]
         ref = deferral.ref(slot.tensor)
         if ref is not None:
             of_buffer[id(ref.buffer)] = (slot, index)
@@ -202,13 +202,18 @@ def furnish(
             continue
         slot, index = of_buffer[id(ref.buffer)]
         # A view of a weight: of the stored one, as it would be after loading in place.
-        info = store[slot.stored]
+        info = infos[slot.stored]
         meta = torch.empty(info.shape, dtype=info.dtype, device="meta").as_strided(ref.size, ref.stride, ref.offset)
         is_param = isinstance(tensor, nn.Parameter)
         view = Placeholder(source, index, slot.stored, meta, info.shape, device.torch_device, is_param=is_param)
         _put(tensor, view, slot.names[0])
     del living
+    moved = {
+        id(buffer) for buffer in module.buffers()
+    }  # as `module.to(device)` does; other tensors stay where they are
     for tensor, real in zip(values, deferral.materialize(values), strict=True):
+        if id(tensor) in moved:
+            real = real.to(device.torch_device)
         if isinstance(tensor, nn.Parameter):
             real = nn.Parameter(real, requires_grad=tensor.requires_grad)
         _put(tensor, real, "a tensor of the constructor")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-_LEVELS = frozenset({"peak_bytes", "budget_bytes", "resident_bytes"})
+_LEVELS = frozenset({"peak_bytes", "budget_bytes", "resident_bytes", "host_peak_bytes", "link_bps"})
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,15 @@ class Stats:
         n_late: Uses of a streamed weight that was on its way, so that the operator waited.
         n_faults: Uses of a weight that was neither there nor on its way.
         read_bytes: Bytes of weights read from the store.
-        stall_s: Seconds that operators waited for weights.
+        stall_s: Seconds that operators waited for weights: the caller, or the device, whichever had to.
         peak_bytes: Most weight bytes held at any moment, those in flight and the scratch of reads included.
         budget_bytes: What `peak_bytes` may not exceed.
         resident_bytes: Bytes of the weights that stay.
+        link_bytes: Bytes of weights copied to the device; 0 on the CPU, which has no link.
+        link_stall_s: Part of `stall_s` that the device waited for copies.
+        disk_stall_s: Seconds that copies waited for the store.
+        host_peak_bytes: Most host memory that was taken for weights on their way to the device.
+        link_bps: Bytes per second of the link, measured when the runtime was made.
     """
 
     n_passes: int = 0
@@ -32,9 +37,14 @@ class Stats:
     peak_bytes: int = 0
     budget_bytes: int = 0
     resident_bytes: int = 0
+    link_bytes: int = 0
+    link_stall_s: float = 0.0
+    disk_stall_s: float = 0.0
+    host_peak_bytes: int = 0
+    link_bps: float = 0.0
 
     def since(self, earlier: Stats) -> Stats:
-        """Returns the counts since `earlier`; `peak_bytes`, `budget_bytes` and `resident_bytes` stay as they are."""
+        """Returns the counts since `earlier`; peaks, budgets and other levels stay as they are."""
         changed = {
             field.name: getattr(self, field.name) - getattr(earlier, field.name)
             for field in fields(self)

@@ -17,7 +17,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,18 @@ class TensorInfo:
     chunk_rows: int
     direct: bool
     chunk_bytes: int = 0
+
+    @classmethod
+    def of_bytes(cls, name: str, nbytes: int) -> TensorInfo:
+        """Returns the entry of bytes that no store has."""
+        return cls(name, (nbytes,), torch.uint8, nbytes, "", 1, direct=False)
+
+    def cast(self, dtype: torch.dtype) -> TensorInfo:
+        """Returns what the tensor is when served in `dtype`: the same, unless it is floating."""
+        if not self.dtype.is_floating_point or dtype == self.dtype:
+            return self
+        nbytes = math.prod(self.shape) * dtype.itemsize
+        return replace(self, dtype=dtype, nbytes=nbytes)
 
 
 def lead_axis(shape: tuple[int, ...]) -> int:

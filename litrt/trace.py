@@ -18,6 +18,7 @@ class Segment:
         size_bytes: Bytes it occupies in the arena, its padding to `align_bytes` included.
         align_bytes: What its offset in the arena is a multiple of.
         is_slot: Room that tables pass through piece by piece; it has no bytes of its own to fetch.
+        stored_bytes: Bytes of its values in the store, where they are of another dtype there.
     """
 
     name: str
@@ -25,11 +26,14 @@ class Segment:
     size_bytes: int
     align_bytes: int
     is_slot: bool = False
+    stored_bytes: int | None = None
 
     @property
     def fetch_bytes(self) -> int:
-        """Bytes that a load of it reads."""
-        return 0 if self.is_slot else self.nbytes
+        """Bytes that a load of it moves."""
+        if self.is_slot:
+            return 0
+        return self.nbytes if self.stored_bytes is None else self.stored_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class Use:
         n_spanned: Uses that began before this one ended, itself included: 1 unless uses nest.
         table: The segment of which rows were gathered, where `segments` is the slot they passed through.
         gathered_bytes: What was read for that.
+        held_s: Seconds of `compute_s` until it was done with the segments; None for all of them.
     """
 
     segments: tuple[int, ...]
@@ -49,6 +54,7 @@ class Use:
     n_spanned: int = 1
     table: int | None = None
     gathered_bytes: int = 0
+    held_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from torch import nn
 import litrt
 import litrt.runtime
 from litrt.arena import POISON, Arena
+from litrt.device import Device
 
 MakeStore = Callable[..., Path]
 
@@ -68,10 +69,9 @@ def make_store(tmp_path: Path) -> MakeStore:
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills the arena of every runtime with NaN bytes, at first and wherever a weight is released."""
 
-    def arena(*args: Any) -> Arena:
-        made = Arena(*args, poison=True)
-        assert made._memory is not None
-        made._memory[:] = POISON
+    def arena(device: Device, *args: Any) -> Arena:
+        made = Arena(device, *args, poison=True)
+        device.fill(made._memory, POISON)
         return made
 
     monkeypatch.setattr(litrt.runtime, "Arena", arena)

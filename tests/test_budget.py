@@ -16,8 +16,10 @@ from torch import nn
 
 import litrt
 import litrt.budget
+import litrt.memory
 from litrt.arena import Arena, Block
-from litrt.budget import CACHE_LINE_BYTES, PAGE_BYTES, available_bytes, settle
+from litrt.budget import CACHE_LINE_BYTES, PAGE_BYTES, settle
+from litrt.memory import available_bytes
 from litrt.reader import Reader
 from litrt.store import TensorInfo
 
@@ -185,7 +187,7 @@ def write(folder: Path, **files: str | int) -> None:
 
 def rooms(tmp_path: Path, own: str) -> list[int]:
     (tmp_path / "own").write_text(own)
-    return list(litrt.budget._cgroup_rooms(tmp_path / "cgroup", tmp_path / "own"))
+    return list(litrt.memory._cgroup_rooms(tmp_path / "cgroup", tmp_path / "own"))
 
 
 def version_2(folder: Path, limit: str | int, usage: int, inactive: int = 0) -> None:
@@ -242,7 +244,7 @@ def test_version_1_memory_groups_limit_and_other_controllers_do_not(tmp_path: Pa
 def test_groups_that_cannot_be_read_are_no_limit(own: str, tmp_path: Path) -> None:
     write(tmp_path / "cgroup" / "memory", memory__limit_in_bytes=1, memory__usage_in_bytes="x", memory__stat="a 1")
     assert rooms(tmp_path, own) == []
-    assert list(litrt.budget._cgroup_rooms(tmp_path, tmp_path / "none")) == []
+    assert list(litrt.memory._cgroup_rooms(tmp_path, tmp_path / "none")) == []
 
 
 @pytest.mark.parametrize("found", [[], [10**15], [123_456, 10**15], [456, 123_456], [-5]])
@@ -251,7 +253,7 @@ def test_what_is_available_is_the_least_of_the_machine_and_its_groups(
 ) -> None:
     machine = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
-    monkeypatch.setattr(litrt.budget, "_cgroup_rooms", lambda: iter(found))
+    monkeypatch.setattr(litrt.memory, "_cgroup_rooms", lambda: iter(found))
     assert available_bytes() == max(min([machine.available, *found]), 0)
 
 
@@ -289,9 +291,9 @@ class Watch:
             self.most_end = max(self.most_end, block.end)
             return add(arena, block)
 
-        def watched_free(arena: Arena, block: Block) -> None:
+        def watched_free(arena: Arena, block: Block, *events: Any) -> None:
             self.blocks.remove(block)
-            free(arena, block)
+            free(arena, block, *events)
 
         monkeypatch.setattr(Arena, "_add", watched_add)
         monkeypatch.setattr(Arena, "free", watched_free)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans as if every operator computed for a second, in which a weight and a bit can be read."""
 
     def make(trace: Trace, budget_bytes: int, **options: Any) -> Plan:
-        uses = tuple(replace(use, compute_s=1.0) for use in trace.uses)
+        uses = tuple(replace(use, compute_s=1.0, held_s=None) for use in trace.uses)
         return make_plan(Trace(trace.segments, uses, LAYER_BYTES / 0.9), budget_bytes, **options)
 
     monkeypatch.setattr(litrt.runtime, "make_plan", make)
@@ -422,7 +422,7 @@ def test_what_an_operator_waits_for_is_read_before_what_was_planned_earlier() ->
     order: list[str] = []
 
     class Double:
-        def read(self, piece: Piece, memory: Bytes) -> None:
+        def load(self, piece: Piece, memory: Bytes, waits: Sequence[Any]) -> None:
             busy.set()
             assert gate.wait(LIMIT_S)
             order.append(piece.name)

@@ -134,13 +134,25 @@ def test_prefetch_never_evicts_the_next_segment() -> None:
     assert [(load.segment, load.after) for load in schedule.loads] == [(0, 0), (1, 1), (2, 1), (3, 2)]
 
 
+def test_a_load_may_begin_when_its_room_is_released_and_not_only_when_the_next_step_begins() -> None:
+    late = chain([10, 10, 10], [3.0, 3.0, 3.0], 10.0)
+    early = replace(late, uses=tuple(replace(use, held_s=1.0) for use in late.uses))
+    seconds = []
+    for trace in (late, early):
+        schedule = make_schedule(trace, frozenset(range(3)), 10)
+        assert schedule is not None
+        seconds.append(pass_s(trace, schedule))
+    # One place: a load of 1 s follows a use of 3 s, or lies in the 2 s that are left of it.
+    assert seconds == [pytest.approx(12.0), pytest.approx(9.0)]
+
+
 def test_residents_are_not_loaded_and_their_uses_are_no_steps() -> None:
     trace = chain([10, 20, 30, 40], [1.0, 2.0, 4.0, 8.0])
     schedule = make_schedule(trace, frozenset({1, 3}), 60)
     assert schedule is not None
     assert [load.segment for load in schedule.loads] == [1, 3]
     # What computes without waiting counts to the step before it, across the end of the pass too.
-    assert schedule.steps == (Step((1,), 6.0), Step((3,), 9.0))
+    assert schedule.steps == (Step((1,), 6.0, 6.0), Step((3,), 9.0, 9.0))
     assert schedule.streamed_bytes == 60
 
 

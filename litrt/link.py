@@ -1,0 +1,318 @@
+"""The link to a device: segments pass through a host tier, page-locked, and are copied from there on their own stream.
+
+The host tier is the same machinery once more. What a device streams in a pass, in the order of its loads, is a trace;
+the tier has a budget and makes a plan for that trace: what stays in host memory, and what is read from the store in
+every pass, ahead of its copy. It is exclusive: what is resident on the device has no place in it, so that the budgets
+add up.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, replace
+
+import torch
+
+from litrt.arena import Arena
+from litrt.budget import as_segments, slot_segment
+from litrt.device import Bytes, CpuDevice, Device, Event, Memory
+from litrt.errors import BudgetError
+from litrt.loader import StoreLoader
+from litrt.pipeline import Binding, Counters, Pipeline
+from litrt.plan import Plan, make_plan
+from litrt.reader import Reader
+from litrt.store import TensorInfo
+from litrt.trace import Trace, Use
+
+COPY_BYTES = 16 << 20
+"""A copy is split into pieces of this size, so that an urgent one need not wait for a large one to end."""
+
+_IN_FLIGHT_BYTES = 128 << 20
+"""Copies that are queued and not done, at most: enough to keep a link busy, and what an urgent one waits for."""
+
+
+class _HostMemory(CpuDevice):
+    """Memory of the host that a device copies from."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def allocate(self, n_bytes: int) -> Bytes:
+        """Returns memory that is page-locked where possible."""
+        return self._device.allocate_host(n_bytes)
+
+
+class HostTier:
+    """Segments in host memory: on their way to a device, or kept for the next pass.
+
+    Args:
+        device: Where they go.
+        reader: Reads the store.
+        infos: The segments, as they are stored, under the indices that the device's pipeline has for them.
+        budget_bytes: Host memory to take, at most; what a single segment needs is taken in any case.
+        n_threads: Threads that read.
+        tables: Segments of which rows may be gathered.
+
+    Call `open` before anything else.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        reader: Reader,
+        infos: Sequence[TensorInfo],
+        budget_bytes: int,
+        n_threads: int,
+        tables: Set[int],
+    ) -> None:
+        self.budget_bytes = budget_bytes
+        self.plan: Plan | None = None
+        self.pinned_bytes = self.peak_bytes = 0
+        self._memory = _HostMemory(device)
+        self._reader = reader
+        self._n_threads = n_threads
+        self._scratch_bytes = n_threads * reader.scratch_bytes_per_task
+        self._tables = tables
+        self._slot = slot_segment([piece.nbytes for index in tables for piece in reader.pieces(infos[index].name)])
+        self._segments = as_segments(infos) + self._slot
+        self._infos = [*infos, *(TensorInfo.of_bytes(slot.name, slot.nbytes) for slot in self._slot)]
+        self._before = Counters()  # of the pipelines before this one
+        self._pipeline: Pipeline
+        self._gathered: Set[int] = frozenset()
+
+    def open(self, gathered: Set[int]) -> None:
+        """Prepares for whatever will be asked for; of the tables `gathered`, no more than rows."""
+        self._gathered = gathered
+        self._pipeline = self._make(self._least_bytes(range(len(self._segments))))
+
+    def _least_bytes(self, indices: Iterable[int]) -> int:
+        """Returns the room for the largest of `indices` twice: one is read while the other is copied."""
+        sizes = (self._segments[index].size_bytes for index in indices if index not in self._gathered)
+        return 2 * max(sizes, default=0) + sum(slot.size_bytes for slot in self._slot)
+
+    def _make(self, n_bytes: int) -> Pipeline:
+        self.pinned_bytes = n_bytes
+        self.peak_bytes = max(self.peak_bytes, n_bytes + self._scratch_bytes)
+        pipeline = Pipeline(
+            self._segments,
+            self._infos,
+            StoreLoader(self._reader),
+            self._memory,
+            Arena(self._memory, n_bytes, n_bytes),
+            n_threads=self._n_threads,
+            scratch_bytes=self._scratch_bytes,
+            tables=self._tables,
+        )
+        pipeline.cache.evict_resident = lambda index: True  # nothing but the tier itself refers to it
+        return pipeline
+
+    def follow(self, plan: Plan | None, link_bps: float) -> None:
+        """Prepares for the copies of `plan`, or, for None, for whatever will be asked for. Nothing is being copied."""
+        disk_bps, latency_s = self._pipeline.measured()
+        self._before = self.count()
+        self._pipeline.close()
+        self.plan = None
+        if plan is None:
+            self.open(self._gathered)
+            return
+        size = [segment.size_bytes for segment in self._segments]
+        # What is not resident on the device may be asked for at any time, planned or not.
+        others = [index for index, info in enumerate(self._infos) if index not in plan.resident and info.path]
+        n_bytes = min(sum(size[index] for index in others), self.budget_bytes - self._scratch_bytes)
+        n_bytes = max(n_bytes, self._least_bytes(index for index in others if index not in plan.tables))
+        loaded = [load.segment for load in plan.loads]
+        whole = [index for index in plan.tables if size[index] <= n_bytes // 2]
+        uses = [Use((index,), 0.0) for index in whole]
+        uses += [Use((index,), self._infos[index].nbytes / link_bps) for index in loaded]
+        self._pipeline = self._make(n_bytes)
+        if uses:
+            made = make_plan(Trace(self._segments, tuple(uses), disk_bps, latency_s), n_bytes)
+            self.plan = replace(made, tables=tuple(index for index in plan.tables if index not in whole))
+            self._pipeline.start(self.plan)
+
+    def measured(self) -> tuple[float, float]:
+        """Returns the bytes per second that the store has delivered, and the seconds of a small read."""
+        return self._pipeline.measured()
+
+    def acquire(self, index: int) -> Binding:
+        """Returns a segment in host memory, which stays until `release`."""
+        return self._pipeline.acquire((index,))
+
+    def release(self, binding: Binding) -> None:
+        """Says that what `acquire` returned was copied."""
+        self._pipeline.release(binding)
+
+    def gather(self, index: int, ids: torch.Tensor) -> torch.Tensor:
+        """Returns rows of a table."""
+        rows = self._pipeline.gather(index, ids)
+        if rows is None:
+            binding = self.acquire(index)
+            try:
+                rows = torch.nn.functional.embedding(ids, binding.tensors[0])
+            finally:
+                self.release(binding)
+        return rows
+
+    def begin_pass(self, *, counting: bool) -> None:
+        """Marks the start of a pass of the model. Copies for it may have begun long before."""
+        self._pipeline.forget_pass(counting=counting)
+
+    def count(self) -> Counters:
+        """Returns what was counted so far."""
+        return self._before + self._pipeline.count()
+
+    def close(self) -> None:
+        """Ends the threads and gives the memory back."""
+        self._before = self.count()
+        self._pipeline.close()
+        self.pinned_bytes = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CopyPiece:
+    """The part of a segment that is copied at once: bytes as they are stored."""
+
+    index: int
+    offset: int
+    nbytes: int
+    is_last: bool
+
+
+class Link:
+    """Loads segments into the memory of a device, from the host tier.
+
+    Threads: `load` is called by one thread only, in which copies are queued; the others by any.
+
+    Args:
+        device: Copies.
+        host: Where from.
+        stored: The segments as they are stored.
+        served: The same as they are served: with other dtypes, they are cast on the device.
+    """
+
+    def __init__(
+        self, device: Device, host: HostTier, stored: Sequence[TensorInfo], served: Sequence[TensorInfo]
+    ) -> None:
+        self._device = device
+        self._host = host
+        self._stored = stored
+        self._served = served
+        self._index = {info.name: index for index, info in enumerate(served)}
+        self._bindings: dict[int, Binding] = {}  # of segments of which some pieces are still to be copied
+        self._in_flight: deque[tuple[Event | None, int, Binding | None]] = deque()
+        self._in_flight_bytes = 0
+        casts = any(a.dtype != b.dtype for a, b in zip(stored, served, strict=True))
+        self.scratch_bytes = COPY_BYTES if casts else 0
+        self._scratch: Memory | None = device.allocate(COPY_BYTES) if casts else None
+        self.link_bps = device.copy_bps()
+
+    def pieces(self, info: TensorInfo) -> Sequence[CopyPiece]:
+        """Returns what to copy of a segment, in order."""
+        index = self._index[info.name]
+        nbytes = self._stored[index].nbytes
+        return [
+            CopyPiece(index, offset, min(COPY_BYTES, nbytes - offset), offset + COPY_BYTES >= nbytes)
+            for offset in range(0, nbytes, COPY_BYTES)
+        ]
+
+    def load(self, piece: CopyPiece, memory: Memory, waits: Sequence[Event]) -> None:
+        """Queues the copy of a piece, once there is little else under way."""
+        self._wait_until(_IN_FLIGHT_BYTES - piece.nbytes)
+        binding = self._bindings.get(piece.index)
+        if binding is None:
+            binding = self._bindings[piece.index] = self._acquire(piece.index)
+        event: Event | None = None
+        try:
+            self._copy(piece, memory, _bytes(binding.tensors[0]), waits)
+            event = self._device.record_copy()
+        finally:
+            if piece.is_last:
+                del self._bindings[piece.index]
+            self._in_flight.append((event, piece.nbytes, binding if piece.is_last else None))
+            self._in_flight_bytes += piece.nbytes
+
+    def _copy(self, piece: CopyPiece, memory: Memory, values: torch.Tensor, waits: Sequence[Event]) -> None:
+        source = values[piece.offset : piece.offset + piece.nbytes]
+        stored, served = self._stored[piece.index].dtype, self._served[piece.index].dtype
+        if stored == served:
+            self._device.copy(memory[piece.offset : piece.offset + piece.nbytes], source, waits)
+            return
+        assert self._scratch is not None
+        scratch = self._scratch[: piece.nbytes]  # the copy stream does one thing after the other
+        self._device.copy(scratch, source)
+        start = piece.offset // stored.itemsize * served.itemsize
+        end = start + piece.nbytes // stored.itemsize * served.itemsize
+        self._device.cast(memory[start:end], served, scratch, stored, waits)
+
+    def _acquire(self, index: int) -> Binding:
+        try:
+            return self._host.acquire(index)
+        except BudgetError:
+            # Others are in the way: those on their way, and those that this one overtook, which are read again.
+            self._wait_until(0)
+            for binding in self._bindings.values():
+                self._host.release(binding)
+            self._bindings.clear()
+            return self._host.acquire(index)
+
+    def _wait_until(self, n_bytes: int) -> None:
+        """Waits until no more than `n_bytes` of copies are under way, and lets go of what has been copied."""
+        while self._in_flight:
+            event, piece_bytes, binding = self._in_flight[0]
+            if event is not None and not self._device.is_done(event):
+                if self._in_flight_bytes <= max(n_bytes, 0):
+                    return
+                self._device.pause()
+                continue
+            self._in_flight.popleft()
+            self._in_flight_bytes -= piece_bytes
+            if binding is not None:
+                self._host.release(binding)
+
+    def gather(
+        self, index: int, info: TensorInfo, ids: torch.Tensor, slot: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int]:
+        """Gathers rows on the host, which has to know `ids` for that: it waits for the device.
+
+        The bytes that it returns are those of the rows, which cross the link; what was read for them, the tier counts.
+        """
+        rows = self._host.gather(index, ids.cpu()).to(info.dtype)
+        return rows, rows.nbytes
+
+    def follow(self, plan: Plan | None) -> None:
+        """Makes the host tier plan for `plan`; nothing is being loaded."""
+        self._wait_until(0)
+        self._host.follow(plan, self.link_bps)
+
+    def effective_bps(self, trace_bytes: int, budget_bytes: int) -> float:
+        """Returns the bytes per second of the link, or less where the store has to deliver and is slower.
+
+        Args:
+            trace_bytes: What a pass uses.
+            budget_bytes: What the device holds of that.
+        """
+        streamed_bytes = max(trace_bytes - budget_bytes, 0)
+        from_store_bytes = max(streamed_bytes - self._host.budget_bytes, 0)
+        if not from_store_bytes:
+            return self.link_bps
+        disk_bps, _ = self._host.measured()
+        return min(self.link_bps, disk_bps * streamed_bytes / from_store_bytes)
+
+    def begin_pass(self, *, counting: bool) -> None:
+        """Marks the start of a pass of the model."""
+        self._host.begin_pass(counting=counting)
+
+    def close(self) -> None:
+        """Waits for the copies under way, and closes the host tier."""
+        self._device.synchronize()
+        self._bindings.clear()
+        self._in_flight.clear()
+        self._host.close()
+        self._scratch = None
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the bytes of a contiguous tensor that has a storage of its own."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), 0, (tensor.nbytes,), (1,))

@@ -1,0 +1,112 @@
+"""Where the bytes of segments come from: straight from the store, or over a link from the host's memory."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from litrt.device import Bytes, Event, Memory
+from litrt.gather import gather_rows
+from litrt.plan import Plan
+from litrt.reader import Reader
+from litrt.store import TensorInfo
+
+
+class Loader(Protocol):
+    """Loads segments into the memory of a device, piece by piece. Any thread may call any method."""
+
+    def pieces(self, info: TensorInfo) -> Sequence[Any]:
+        """Returns what to load of a segment, in order."""
+        ...
+
+    def load(self, piece: Any, memory: Memory, waits: Sequence[Event]) -> None:
+        """Loads a piece into the `memory` of its segment, or queues that on the device, behind `waits`."""
+        ...
+
+    def gather(
+        self, index: int, info: TensorInfo, ids: torch.Tensor, slot: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int]:
+        """Returns rows of a table, and the bytes read for them; pieces pass through `slot`, uint8."""
+        ...
+
+    def follow(self, plan: Plan | None) -> None:
+        """Prepares for the loads of `plan`, or, for None, for whatever will be asked for."""
+        ...
+
+    def begin_pass(self, *, counting: bool) -> None:
+        """Marks the start of a pass of the model, of which stalls and faults count, or do not."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of everything; nothing is being loaded."""
+        ...
+
+
+class StoreLoader:
+    """Reads segments from the store straight into place, in memory of the host.
+
+    Args:
+        reader: Reads the store.
+        casts: Names of the tensors that are served in another dtype than they are stored in: those they pass through
+            scratch, a piece at a time.
+    """
+
+    def __init__(self, reader: Reader, casts: Mapping[str, torch.dtype] | None = None) -> None:
+        self._reader = reader
+        self._casts = casts or {}
+        self._scratch_bytes = max(
+            (piece.nbytes for name in self._casts for piece in reader.pieces(name)),
+            default=0,
+        )
+        self._scratch = threading.local()
+        self.scratch_bytes_per_task = reader.scratch_bytes_per_task + self._scratch_bytes
+
+    def pieces(self, info: TensorInfo) -> Sequence[Any]:
+        """Returns the chunks of a segment."""
+        return self._reader.pieces(info.name)
+
+    def load(self, piece: Any, memory: Memory, waits: Sequence[Event] = ()) -> None:
+        """Reads a chunk; the host has nothing to wait for."""
+        served = self._casts.get(piece.name)
+        if served is None:
+            self._reader.read(piece, memory)
+            return
+        stored = self._reader.store[piece.name].dtype
+        part = self._memory()[: piece.nbytes]
+        self._reader.read_part(piece, part)
+        start = piece.offset // stored.itemsize * served.itemsize
+        end = start + piece.nbytes // stored.itemsize * served.itemsize
+        with torch.inference_mode(False), torch.no_grad():
+            torch.from_numpy(memory[start:end]).view(served).copy_(torch.from_numpy(part).view(stored))
+
+    def _memory(self) -> Bytes:
+        """Returns this thread's scratch, on a page."""
+        memory: Bytes | None = getattr(self._scratch, "memory", None)
+        if memory is None:
+            memory = np.frombuffer(mmap.mmap(-1, self._scratch_bytes), dtype=np.uint8)
+            self._scratch.memory = memory
+        return memory
+
+    def gather(
+        self, index: int, info: TensorInfo, ids: torch.Tensor, slot: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int]:
+        """Reads the chunks that the rows are in."""
+        assert slot is not None
+        stored = self._reader.store[info.name]
+        rows, n_bytes = gather_rows(ids, stored, self._reader.pieces(info.name), self._reader.read_part, slot)
+        return rows.to(info.dtype), n_bytes
+
+    def follow(self, plan: Plan | None) -> None:
+        """Does nothing: chunks are read as they are asked for."""
+
+    def begin_pass(self, *, counting: bool) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Closes the reader."""
+        self._reader.close()
