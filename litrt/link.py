@@ -21,6 +21,7 @@ from litrt.errors import BudgetError
 from litrt.loader import StoreLoader
 from litrt.pipeline import Binding, Counters, Pipeline
 from litrt.plan import Plan, make_plan
+from litrt.ranges import named_range
 from litrt.reader import Reader
 from litrt.store import TensorInfo
 from litrt.trace import Trace, Use
@@ -224,7 +225,8 @@ class Link:
             binding = self._bindings[piece.index] = self._acquire(piece.index)
         event: Event | None = None
         try:
-            self._copy(piece, memory, _bytes(binding.tensors[0]), waits)
+            with named_range("copy", [self._stored[piece.index].name]):
+                self._copy(piece, memory, _bytes(binding.tensors[0]), waits)
             event = self._device.record_copy()
         finally:
             if piece.is_last:

@@ -13,6 +13,7 @@ import torch
 from litrt.device import Bytes, Event, Memory
 from litrt.gather import gather_rows
 from litrt.plan import Plan
+from litrt.ranges import named_range
 from litrt.reader import Reader
 from litrt.store import TensorInfo
 
@@ -72,6 +73,10 @@ class StoreLoader:
 
     def load(self, piece: Any, memory: Memory, waits: Sequence[Event] = ()) -> None:
         """Reads a chunk; the host has nothing to wait for."""
+        with named_range("read", [piece.name]):
+            self._load(piece, memory)
+
+    def _load(self, piece: Any, memory: Memory) -> None:
         served = self._casts.get(piece.name)
         if served is None:
             self._reader.read(piece, memory)

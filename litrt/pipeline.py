@@ -12,7 +12,6 @@ for.
 
 from __future__ import annotations
 
-import heapq
 import threading
 import time
 from collections import deque
@@ -24,12 +23,13 @@ import torch
 
 from litrt.arena import Arena
 from litrt.cache import Cache, Entry, State
-from litrt.cursor import Cursor
 from litrt.device import Device
 from litrt.errors import ClosedError, TraceMismatchError
+from litrt.follower import Follower
 from litrt.loader import Loader
 from litrt.log import PassLog
 from litrt.plan import Plan
+from litrt.ranges import named_range
 from litrt.reads import ReadThreads
 from litrt.store import TensorInfo
 from litrt.trace import Segment, Use
@@ -111,11 +111,7 @@ class Pipeline:
         self._loader = loader
         self._closed = False
         self._plan: Plan | None = None
-        self._cursor: Cursor | None = None
-        self._n_ended = 0  # steps that have ended, from the start of the plan
-        self._open_steps: list[int] = []
-        self._next_load = 0  # from the start of the plan
-        self._expiring: list[tuple[int, int]] = []  # heap of (held_until, index)
+        self._follower: Follower | None = None  # where the plan has steps
         self._clock = 0
         self._log = PassLog()
         self._ended_s: Any = 0.0
@@ -146,7 +142,8 @@ class Pipeline:
             for entry in entries:
                 entry.n_pins += 1
             try:
-                hits = self._make_ready(entries)
+                with named_range("wait", (entry.segment.name for entry in entries)):
+                    hits = self._make_ready(entries)
                 tensors = [self.cache.tensor(entry) for entry in entries]
                 for entry in entries:
                     if entry.copied is not None:
@@ -159,8 +156,8 @@ class Pipeline:
             self._log.bound(access, self._device.mark())
             if self._counting:
                 self.counters.stall_s += time.perf_counter() - began_s
-            if step is not None:
-                self._open_steps.append(step)
+            if step is not None and self._follower is not None:
+                self._follower.begin(step)
             return Binding(indices, tensors, step, access)
 
     def release(self, binding: Binding) -> None:
@@ -174,10 +171,8 @@ class Pipeline:
                 entry.last_use = self._clock
                 self._device.record_use(entry.used)
             self._log.end(binding.access, self._device.mark())
-            if binding.step is not None and binding.step in self._open_steps:
-                self._open_steps.remove(binding.step)
-            if self._cursor is not None and not self._closed:
-                self._advance()
+            if self._follower is not None and not self._closed:
+                self._follower.end(binding.step)
 
     def restore(self, binding: Binding) -> None:
         """Reads again, in place, what an operator has written to."""
@@ -226,10 +221,10 @@ class Pipeline:
     def _step_of(self, indices: tuple[int, ...]) -> int | None:
         """Returns the step of the plan that a use of `indices` is, and moves the plan on to it."""
         streamed = tuple(index for index in indices if not self._entries[index].resident)
-        if self._cursor is None or not streamed:
+        if self._follower is None or not streamed:
             return None
-        expected, number = self._cursor.expected, self._cursor.step
-        step = self._cursor.match(streamed)
+        expected, number = self._follower.cursor.expected, self._follower.cursor.step
+        step = self._follower.match(streamed)
         if step is None and self._strict:
             wanted, used = (tuple(self._entries[index].segment.name for index in part) for part in (expected, streamed))
             raise TraceMismatchError(
@@ -239,8 +234,6 @@ class Pipeline:
                 actual=used,
                 step=number,
             )
-        if step is not None and step > self._n_ended and not self._open_steps:
-            self._advance(up_to=step)  # a jump: what was skipped is released before room is needed
         return step
 
     def _make_ready(self, entries: list[Entry]) -> list[Entry]:
@@ -314,17 +307,13 @@ class Pipeline:
             self._loader.follow(plan)
             self._plan = plan
             if plan.steps and plan.policy != "lru":
-                self._cursor = Cursor([step.segments for step in plan.steps])
-                self._advance()
+                self._follower = Follower(plan, self.cache, self._queue_reads)
+                self._follower.advance()
 
     def stop(self) -> None:
         """Goes back to loading on demand; what was fetched ahead stays until its room is needed."""
         with self._lock:
-            self._plan = None
-            self._cursor = None
-            self._expiring.clear()
-            self._open_steps.clear()
-            self._n_ended = self._next_load = 0
+            self._plan = self._follower = None
             for entry in self._entries:
                 entry.held_until = 0
             while any(entry.state is State.READING for entry in self._entries):
@@ -349,44 +338,6 @@ class Pipeline:
             if not self.cache.arena.resize(limit_bytes):
                 self.cache.arena.limit_bytes = min(limit_bytes, self.cache.arena.capacity_bytes)
 
-    def _advance(self, up_to: int | None = None) -> None:
-        """Counts ended steps, releases what has had its last use, and issues what there is room for."""
-        assert self._cursor is not None
-        assert self._plan is not None
-        if up_to is None:
-            up_to = min(self._open_steps, default=self._cursor.position)
-        self._n_ended = max(self._n_ended, up_to)
-        self.cache.reap()
-        while self._expiring and self._expiring[0][0] <= self._n_ended:
-            held_until, index = heapq.heappop(self._expiring)
-            entry = self._entries[index]
-            if entry.held_until != held_until:
-                continue  # a later load took it over
-            entry.held_until = 0
-            if entry.is_loose:
-                self.cache.let_go(entry)
-        loads, n_steps = self._plan.loads, len(self._plan.steps)
-        while loads:
-            n_passes, number = divmod(self._next_load, len(loads))
-            load, base = loads[number], n_passes * n_steps
-            if base + load.after > self._n_ended:
-                break
-            self._next_load += 1
-            if base + load.last >= self._n_ended:
-                self._fetch(load.segment, load.offset, base + load.last + 1)
-
-    def _fetch(self, index: int, offset: int | None, held_until: int) -> None:
-        """Issues a planned load, or takes over what is there."""
-        entry = self._entries[index]
-        if entry.state is State.HELD:
-            self.cache.revive(entry)
-        if entry.state is State.ABSENT:
-            if entry.error is not None or not self.cache.place_planned(entry, offset):
-                return  # it failed, or something unplanned is in the way: the operator that needs it will see
-            self._queue_reads(entry, self._next_load)
-        entry.held_until = held_until
-        heapq.heappush(self._expiring, (held_until, index))
-
     # Passes, and what they asked for.
 
     def begin_pass(self, *, counting: bool) -> None:
@@ -396,11 +347,8 @@ class Pipeline:
             self._log = PassLog(began_s=self._device.mark())
             self._counting = counting
             self._loader.begin_pass(counting=counting)
-            if self._cursor is not None:
-                self._cursor.n_mismatches = 0
-                self._open_steps.clear()
-                self._cursor.begin_pass()
-                self._advance()
+            if self._follower is not None:
+                self._follower.begin_pass()
 
     def forget_pass(self, *, counting: bool) -> None:
         """Begins a new record of what is asked for, of a pass that has no beginning that we know."""
@@ -412,7 +360,7 @@ class Pipeline:
         """Marks the end of a pass; returns how many of its uses were not as planned."""
         with self._lock:
             self._ended_s = self._device.mark()
-            return self._cursor.n_mismatches if self._cursor is not None else 0
+            return self._follower.cursor.n_mismatches if self._follower is not None else 0
 
     def uses(self) -> list[Use]:
         """Returns the uses of the pass that has ended, residents left out. Waits until the device has run it."""
@@ -486,7 +434,7 @@ class Pipeline:
             self._ready.notify_all()
             return
         entry.copied = self._device.record_copy()
-        if self._cursor is not None and entry.is_loose:
+        if self._follower is not None and entry.is_loose:
             self.cache.free(entry)  # its step was skipped while it was on its way
         self._ready.notify_all()
 

@@ -240,6 +240,27 @@ def test_a_fault_while_copies_are_under_way_is_served(plain: nn.Module, path: Pa
         assert rt.stats().since(before).link_bytes > 0
 
 
+def test_no_more_copies_are_under_way_than_keep_the_link_busy_so_that_an_urgent_one_is_soon_served(
+    plain: nn.Module, path: Path, small_copies: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued: list[int] = []
+    most: list[int] = []
+    device = FakeDevice("late")
+    copy = FakeDevice.copy
+
+    def counted(self: FakeDevice, memory: Any, source: torch.Tensor, waits: Any = ()) -> None:
+        copy(self, memory, source, waits)
+        queued.append(source.numel())
+        most.append(sum(job.seconds > 0 for job in self._queue))
+
+    monkeypatch.setattr(FakeDevice, "copy", counted)
+    with litrt.Runtime(Chain, path, budget="60%", device=device) as rt:
+        for _ in range(3):
+            assert torch.equal(rt(sample()), plain(sample()))
+    assert set(queued) == {4096}
+    assert max(most) == 3
+
+
 def test_a_damaged_chunk_is_an_error_of_the_caller_and_passes_work_again_when_it_is_restored(
     plain: nn.Module, path: Path
 ) -> None:
@@ -382,6 +403,16 @@ def test_waits_of_the_device_count_as_late_and_not_as_hits(path: Path) -> None:
         assert counted.n_hits + counted.n_late + counted.n_faults == len(rt.plan.steps)
         assert counted.link_stall_s >= 1e-2
         assert counted.stall_s >= counted.link_stall_s
+
+
+def test_a_profile_names_the_modules_that_are_waited_for(path: Path) -> None:
+    with litrt.Runtime(Chain, path, budget="50%", device=FakeDevice("late")) as rt:
+        rt.warmup(sample())
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            rt(sample())
+        streamed = {rt.plan.segments[load.segment].name.removesuffix(".weight") for load in rt.plan.loads}
+    keys = {event.key for event in profile.key_averages()}
+    assert {f"litrt wait {name}" for name in streamed} <= keys
 
 
 # Memory.
