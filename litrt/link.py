@@ -20,7 +20,7 @@ from litrt.device import Bytes, CpuDevice, Device, Event, Memory
 from litrt.errors import BudgetError
 from litrt.loader import StoreLoader
 from litrt.pipeline import Binding, Counters, Pipeline
-from litrt.plan import Plan, make_plan
+from litrt.plan import Plan, make_plan, replan
 from litrt.ranges import named_range
 from litrt.reader import Reader
 from litrt.store import TensorInfo
@@ -110,11 +110,8 @@ class HostTier:
 
     def follow(self, plan: Plan | None, link_bps: float) -> None:
         """Prepares for the copies of `plan`, or, for None, for whatever will be asked for. Nothing is being copied."""
-        disk_bps, latency_s = self._pipeline.measured()
-        self._before = self.count()
-        self._pipeline.close()
-        self.plan = None
         if plan is None:
+            self._close_pipeline()
             self.open(self._gathered)
             return
         size = [segment.size_bytes for segment in self._segments]
@@ -126,11 +123,18 @@ class HostTier:
         whole = [index for index in plan.tables if size[index] <= n_bytes // 2]
         uses = [Use((index,), 0.0) for index in whole]
         uses += [Use((index,), self._infos[index].nbytes / link_bps) for index in loaded]
-        self._pipeline = self._make(n_bytes)
-        if uses:
+        if self.plan is not None and n_bytes == self.plan.budget_bytes:
+            # The device streams something else of the same: what is here stays here.
+            made = replan(self.plan, [use for use in uses if use.segments[0] not in self.plan.resident])
+        else:
+            disk_bps, latency_s = self._pipeline.measured()
+            self._close_pipeline()
+            self._pipeline = self._make(n_bytes)
+            if not uses:
+                return
             made = make_plan(Trace(self._segments, tuple(uses), disk_bps, latency_s), n_bytes)
-            self.plan = replace(made, tables=tuple(index for index in plan.tables if index not in whole))
-            self._pipeline.start(self.plan)
+        self.plan = replace(made, tables=tuple(index for index in plan.tables if index not in whole))
+        self._pipeline.start(self.plan)
 
     def measured(self) -> tuple[float, float]:
         """Returns the bytes per second that the store has delivered, and the seconds of a small read."""
@@ -163,10 +167,14 @@ class HostTier:
         """Returns what was counted so far."""
         return self._before + self._pipeline.count()
 
-    def close(self) -> None:
-        """Ends the threads and gives the memory back."""
+    def _close_pipeline(self) -> None:
         self._before = self.count()
         self._pipeline.close()
+        self.plan = None
+
+    def close(self) -> None:
+        """Ends the threads and gives the memory back."""
+        self._close_pipeline()
         self.pinned_bytes = 0
 
 

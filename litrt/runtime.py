@@ -131,9 +131,6 @@ class Runtime:
             n_threads, scratch_bytes = 1, loader.scratch_bytes
         self._loader = loader
         settled = settle(budget, infos, scratch_bytes, slot_bytes, stored=stored, device=self._device)
-        if self._host is not None:
-            few = settled.growable or settled.arena_bytes // 2
-            self._host.open({index for index in table_indices if few is True or infos[index].nbytes > few})
         self._settled = settled
         self._policy: Policy = policy
         self._plan: Plan | None = None
@@ -147,6 +144,8 @@ class Runtime:
         if settled.growable and not self._device.is_host:
             capacity_bytes = min(capacity_bytes, int(self._device.free_bytes() * _WARMUP_SHARE))
         self._arena = Arena(self._device, capacity_bytes, settled.arena_bytes)
+        if self._host is not None:
+            self._host.open({index for index in table_indices if infos[index].nbytes > settled.arena_bytes // 2})
         in_arena = [
             TensorInfo.of_bytes(segment.name, segment.nbytes) for segment in settled.segments if segment.is_slot
         ]

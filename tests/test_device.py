@@ -528,6 +528,31 @@ def test_host_budgets_that_cannot_be_read_are_refused(path: Path) -> None:
         litrt.Runtime(Chain, path, device=FakeDevice(), host_budget="much")
 
 
+def test_a_new_plan_for_the_device_leaves_what_host_memory_has(plain: nn.Module, path: Path) -> None:
+    class Skips(Chain):
+        n_used = N_LAYERS
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers[-self.n_used :]:
+                x = torch.tanh(layer(x))
+            return x
+
+    device = FakeDevice("random")
+    with litrt.Runtime(Skips, path, budget="40%", device=device) as rt:
+        rt.warmup(sample())
+        plan = rt.plan
+        before = rt.stats()
+        rt.module.n_used = N_LAYERS - 3
+        y = sample()
+        for _ in range(4):
+            got = run_checked(rt, device, lambda module: module(y))
+        assert rt.plan is not plan
+        for layer in plain.layers[3:]:
+            y = torch.tanh(layer(y))
+        assert torch.equal(got, y)
+        assert rt.stats().since(before).read_bytes == 0
+
+
 def test_a_second_warmup_plans_both_tiers_anew(plain: nn.Module, path: Path) -> None:
     device = FakeDevice("random")
     with litrt.Runtime(Chain, path, budget="50%", device=device) as rt:
