@@ -111,24 +111,7 @@ class Placeholder(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func == REQUIRES_GRAD_GET and isinstance(args[0], Placeholder):
-            return args[0]._litrt_requires_grad
-        if func in METADATA or (func is torch.Tensor.__format__ and _dim(args[0])):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if func in VIEWS:
-            views = _lazy_view(func, args, kwargs)
-            if views is not NotImplemented:
-                return views
-        if func in GRAD_SETTERS and isinstance(args[0], Placeholder):
-            return _set_requires_grad(args[0], *args[1:], **kwargs)
-        if func is torch.nn.functional.embedding:
-            rows = _gather(*args, **kwargs)
-            if rows is not None:
-                return rows
-        _check_writes(func, args, kwargs)
-        return _call(func, args, kwargs)
+        return _intercept(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -172,6 +155,28 @@ class Placeholder(torch.Tensor):
         raise LitrtError(
             f"cannot pickle {self._litrt_name!r}: litrt serves it from a store, which holds its values already."
         )
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]  # a compiled block breaks here, and goes on behind
+def _intercept(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Answers a call of `func` with placeholders among its arguments."""
+    if func == REQUIRES_GRAD_GET and isinstance(args[0], Placeholder):
+        return args[0]._litrt_requires_grad
+    if func in METADATA or (func is torch.Tensor.__format__ and _dim(args[0])):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    if func in VIEWS:
+        views = _lazy_view(func, args, kwargs)
+        if views is not NotImplemented:
+            return views
+    if func in GRAD_SETTERS and isinstance(args[0], Placeholder):
+        return _set_requires_grad(args[0], *args[1:], **kwargs)
+    if func is torch.nn.functional.embedding:
+        rows = _gather(*args, **kwargs)
+        if rows is not None:
+            return rows
+    _check_writes(func, args, kwargs)
+    return _call(func, args, kwargs)
 
 
 class Unseen(Placeholder):

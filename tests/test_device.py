@@ -210,6 +210,24 @@ def test_passes_that_take_other_paths_are_right(
             assert_same(got, plain(y))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("on_device", [False, True])
+def test_compiled_blocks_are_not_compiled_again_after_the_second_pass(
+    on_device: bool, plain: nn.Module, path: Path
+) -> None:
+    device: Any = FakeDevice("random") if on_device else "cpu"
+    torch._dynamo.reset()
+    with litrt.Runtime(Chain, path, budget="50%", device=device) as rt, torch.no_grad():
+        for layer in rt.module.layers:
+            layer.compile(backend="eager")
+        for _ in range(2):
+            rt(sample())
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(3):
+                assert torch.equal(rt(sample()), plain(sample()))
+    torch._dynamo.reset()
+
+
 def test_an_exception_in_mid_pass_leaves_the_runtime_usable(plain: nn.Module, path: Path) -> None:
     device = FakeDevice("late")
     with litrt.Runtime(Chain, path, budget="40%", device=device) as rt:

@@ -249,3 +249,18 @@ def test_events_go_back_to_their_pool(path: Path) -> None:
         assert not made
         assert isinstance(rt._device, CudaDevice)
         assert isinstance(rt._device.mark(), CudaEvent)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_blocks_are_not_compiled_again_after_the_second_pass(plain: nn.Module, path: Path) -> None:
+    y = sample()
+    torch._dynamo.reset()
+    with litrt.Runtime(Chain, path, budget="50%", device="cuda") as rt, torch.no_grad():
+        for layer in rt.module.layers:
+            layer.compile(backend="eager")
+        for _ in range(2):
+            rt(y)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(3):
+                assert torch.equal(rt(y), plain(y))
+    torch._dynamo.reset()
