@@ -153,7 +153,8 @@ class Cache:
         if entry.lease is not None and entry.lease() is not None:
             entry.state = State.HELD
         else:
-            # There may have been aliases until now, used after the operator that they came from.
+            # There may have been aliases until now, used after the operator that they came from; or the plain tensors
+            # of a resident, used without our knowing.
             self._free_held(entry)
 
     def free(self, entry: Entry) -> None:
@@ -266,7 +267,6 @@ class Cache:
         for index, entry in enumerate(self.entries):
             if entry.resident and not entry.n_pins and self.evict_resident(index):
                 entry.resident = False
-                self._device.record_use(entry.used)  # plain tensors are used without our knowing
                 self.let_go(entry)
                 return True
         return False

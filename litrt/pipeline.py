@@ -323,9 +323,7 @@ class Pipeline:
         """Makes residents like any other segment, after `stop`."""
         with self._lock:
             for entry in self._entries:
-                if entry.resident:
-                    entry.resident = False
-                    self._device.record_use(entry.used)  # plain tensors were used without our knowing
+                entry.resident = False
 
     def resize(self, limit_bytes: int) -> None:
         """Makes an arena in which nothing has to stay as large as it is to be from now on."""

@@ -23,9 +23,12 @@ from torch import nn
 import litrt
 import litrt.link
 from litrt.arena import Arena
+from litrt.budget import as_segments
+from litrt.cache import Cache
 from litrt.device import CpuDevice
 from litrt.pipeline import Pipeline
 from litrt.placeholder import Placeholder
+from litrt.store import TensorInfo
 from litrt.testing import FakeDevice, Mutation, OrderError
 
 WIDTH = 64
@@ -322,8 +325,6 @@ def _break_record(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _break_alias(monkeypatch: pytest.MonkeyPatch) -> None:
-    from litrt.cache import Cache
-
     monkeypatch.setattr(Cache, "_free_held", Cache.free)
 
 
@@ -389,6 +390,42 @@ def test_a_broken_rule_is_noticed(name: str, plain: nn.Module, path: Path, monke
     change(monkeypatch)
     with pytest.raises(OrderError):
         exercise(FakeDevice("late", mutation=mutation), plain, path)
+
+
+def test_a_resident_that_makes_room_is_overwritten_after_its_uses(plain: nn.Module, path: Path) -> None:
+    device = FakeDevice("late")
+    with litrt.Runtime(Chain, path, budget=4 * LAYER_BYTES, device=device) as rt, torch.no_grad():
+        rt.warmup(sample())
+        resident_bytes = rt.stats().resident_bytes
+        streamed = list(dict.fromkeys(load.segment for load in rt.plan.loads))[:4]
+        names = [rt.plan.segments[index].name for index in streamed]
+        with device.watching():
+            rt(sample())
+            got = torch.stack([rt.module.get_parameter(name) for name in names])
+            assert torch.equal(got, torch.stack([plain.get_parameter(name) for name in names]))
+            assert rt.stats().resident_bytes < resident_bytes
+            del got
+            assert torch.equal(rt(sample()), plain(sample()))
+
+
+def test_what_a_block_that_was_never_written_to_waited_for_goes_to_the_next_one_there() -> None:
+    device = FakeDevice("late")
+    segments = as_segments([TensorInfo.of_bytes(name, 512) for name in "abc"], align_bytes=512)
+    infos = [TensorInfo.of_bytes(segment.name, segment.nbytes) for segment in segments]
+    arena = Arena(device, 512, 512)
+    cache = Cache(segments, infos, device, arena, scratch_bytes=0, growable=False, wait=lambda: None)
+    used, _, written = cache.entries
+    used.copied = device.record_copy()
+    for entry in cache.entries:
+        assert cache.place_planned(entry, 0)
+        if entry is used:
+            device.record_use(entry.used)
+            (event,) = entry.used
+        else:
+            assert entry.block is not None
+            assert entry.block.waits == [event], entry.segment.name
+        if entry is not written:
+            cache.free(entry)
 
 
 # Time on the device's clock.
