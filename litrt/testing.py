@@ -5,9 +5,9 @@
         rt(x)                              # raises OrderError where bytes are used too early or overwritten too soon
 
 The fake has the memory of the host, streams, events and a clock of its own. What an operator computes is computed at
-once; copies wait in a queue, and run when `run` says so, or when somebody waits for them. So a use of bytes whose copy
-nobody waited for sees poison, and is an error besides: every use and every copy is checked against what the events
-order before it.
+once, though its end may be said to be still to come; copies wait in a queue, and run when `run` says so, or when
+somebody waits for them. So a use of bytes whose copy nobody waited for sees poison, and is an error besides: every use
+and every copy is checked against what the events order before it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class FakeEvent:
     Attributes:
         stream: The stream.
         before: What comes before it.
-        has_happened: Whether the work before it has run.
+        has_happened: Whether the work before it is known to have run.
         time_s: When, on the clock of the device.
     """
 
@@ -106,7 +106,8 @@ class FakeDevice(CpuDevice):
     Threads: any may call.
 
     Args:
-        run: When queued copies run: "late", only when somebody waits for them; "early", at once; "random".
+        run: When queued copies run: "late", only when somebody waits for them; "early", at once; "random". So, too,
+            for when the end of a use is known.
         bandwidth_bps: Bytes per second of a copy, on the device's clock.
         matmul_s: Seconds that a product of matrices takes, on that clock, where the device is watched.
         memory_bytes: Memory of the device.
@@ -147,6 +148,7 @@ class FakeDevice(CpuDevice):
         self._lock = threading.RLock()
         self._queue: deque[_Job] = deque()
         self._together: Clock = {}  # what came before the host last waited for all work
+        self._seen: Clock = {}  # what the host knows to have happened
         self._clocks: defaultdict[int, Clock] = defaultdict(lambda: dict(self._together))
         self._copied_s = 0.0
         self._stalls: list[tuple[bool, float]] = []
@@ -232,8 +234,8 @@ class FakeDevice(CpuDevice):
     def _queue_write(self, memory: Bytes, n_bytes: int, waits: Sequence[Event], run: Callable[[], None]) -> None:
         with self._lock:
             events = [] if self._mutation.ignore_waits else [event for event in waits if isinstance(event, FakeEvent)]
-            for event in events:
-                _join(self._clocks[_COPIES], event.before)
+            for before in (self._seen, *(event.before for event in events)):
+                _join(self._clocks[_COPIES], before)
             start, end = memory.ctypes.data, memory.ctypes.data + len(memory)
             clock = self._clocks[_COPIES]
             for read in self._reads:
@@ -274,6 +276,8 @@ class FakeDevice(CpuDevice):
                 job.run()
             started_s = max([self._copied_s, *(event.time_s for event in job.waits)])
             self._copied_s = started_s + job.seconds
+            for event in job.waits:
+                event.has_happened = True
             if job.event is not None:
                 job.event.has_happened, job.event.time_s = True, self._copied_s
 
@@ -319,14 +323,20 @@ class FakeDevice(CpuDevice):
         """Adds an event of the current stream."""
         with self._lock:
             stream = self._current
-            event = FakeEvent(stream, dict(self._clocks[stream]), True, self.now_s)
+            happened = self._run == "early" or (self._run == "random" and self._rng.random() < 0.5)
+            event = FakeEvent(stream, dict(self._clocks[stream]), happened, self.now_s)
             events[:] = [other for other in events if other.stream != stream]
             events.append(event)
 
     def is_done(self, event: Event) -> bool:
-        """Says whether an event has happened."""
+        """Says whether an event has happened: if so, whatever is queued from now on comes after it."""
         assert isinstance(event, FakeEvent)
-        return event.has_happened
+        with self._lock:
+            before = event.before.get(event.stream, 0)
+            event.has_happened = event.has_happened or before <= self._together.get(event.stream, 0)
+            if event.has_happened:
+                _join(self._seen, event.before)
+            return event.has_happened
 
     def pause(self) -> None:
         """Runs one copy."""
@@ -366,6 +376,7 @@ class FakeDevice(CpuDevice):
             end = start + tensor.untyped_storage().nbytes()
             stream = self._current
             clock = self._clocks[stream]
+            _join(clock, self._seen)
             for write in self._writes:
                 if write.overlaps(start, end) and clock.get(_COPIES, 0) < write.tick:
                     raise OrderError(f"stream {stream} uses {end - start} bytes that no event has made ready")
