@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,9 +23,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import torch
-from disk import read_bps
+from machine import described, read_bps
 from torch import nn
 
 import litrt
@@ -250,13 +248,7 @@ def run(
         results.append({**result, "round": number, "disk_bps": disk_bps})
         print(json.dumps(results[-1]), flush=True)
     report = {
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "n_cpus": os.cpu_count(),
-            "memory_bytes": psutil.virtual_memory().total,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": described(),
         "model": {"name": "GPT-J", **json.loads((folder / "model.json").read_text()), "dtype": "float32"},
         "n_tokens": N_TOKENS,
         "limit_bytes": limit_bytes,

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
+from machine import described
 from torch import nn
 
 import litrt
@@ -83,13 +81,7 @@ def sweep(arguments: argparse.Namespace) -> dict:  # type: ignore[type-arg]
                     )
                 print(line(results[-1]), flush=True)
     return {
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "n_cpus": os.cpu_count(),
-            "memory_bytes": psutil.virtual_memory().total,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": described(),
         "model": {"name": "GPT-J", "n_layers": arguments.layers, "width": arguments.width, "bytes": store.total_bytes},
         "n_tokens": arguments.tokens,
         "results": results,

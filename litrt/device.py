@@ -145,6 +145,12 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def cast_bytes(memory: Bytes, dtype: torch.dtype, source: Bytes, stored: torch.dtype) -> None:
+    """Writes values of dtype `stored` to `memory` as values of `dtype`, both in memory of the host."""
+    with torch.inference_mode(False), torch.no_grad():
+        torch.from_numpy(memory).view(dtype).copy_(torch.from_numpy(source).view(stored))
+
+
 class CpuDevice:
     """Weights in anonymous huge pages of this process, which does all its work at once and in order.
 
@@ -187,8 +193,7 @@ class CpuDevice:
         self, memory: Memory, dtype: torch.dtype, source: Memory, stored: torch.dtype, waits: Sequence[Event]
     ) -> None:
         """Casts at once."""
-        with torch.inference_mode(False), torch.no_grad():
-            torch.from_numpy(memory).view(dtype).copy_(torch.from_numpy(source).view(stored))
+        cast_bytes(memory, dtype, source, stored)
 
     def record_copy(self) -> Event | None:
         """Returns None: all is done."""

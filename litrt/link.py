@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from litrt.arena import Arena
-from litrt.budget import as_segments, slot_segment
+from litrt.budget import as_segments, casts_some, slot_segment
 from litrt.device import Bytes, CpuDevice, Device, Event, Memory
 from litrt.errors import BudgetError
 from litrt.loader import StoreLoader
@@ -211,7 +211,7 @@ class Link:
         self._bindings: dict[int, Binding] = {}  # of segments of which some pieces are still to be copied
         self._in_flight: deque[tuple[Event | None, int, Binding | None]] = deque()
         self._in_flight_bytes = 0
-        casts = any(a.dtype != b.dtype for a, b in zip(stored, served, strict=True))
+        casts = casts_some(served, stored)
         self.scratch_bytes = COPY_BYTES if casts else 0
         self._scratch: Memory | None = device.allocate(COPY_BYTES) if casts else None
         self.link_bps = device.copy_bps()
@@ -244,16 +244,15 @@ class Link:
 
     def _copy(self, piece: CopyPiece, memory: Memory, values: torch.Tensor, waits: Sequence[Event]) -> None:
         source = values[piece.offset : piece.offset + piece.nbytes]
-        stored, served = self._stored[piece.index].dtype, self._served[piece.index].dtype
-        if stored == served:
+        stored, served = self._stored[piece.index], self._served[piece.index].dtype
+        if stored.dtype == served:
             self._device.copy(memory[piece.offset : piece.offset + piece.nbytes], source, waits)
             return
         assert self._scratch is not None
         scratch = self._scratch[: piece.nbytes]  # the copy stream does one thing after the other
         self._device.copy(scratch, source)
-        start = piece.offset // stored.itemsize * served.itemsize
-        end = start + piece.nbytes // stored.itemsize * served.itemsize
-        self._device.cast(memory[start:end], served, scratch, stored, waits)
+        part = memory[stored.served(piece.offset, piece.nbytes, served)]
+        self._device.cast(part, served, scratch, stored.dtype, waits)
 
     def _acquire(self, index: int) -> Binding:
         try:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from litrt.device import Bytes, Event, Memory
+from litrt.device import Bytes, Event, Memory, cast_bytes
 from litrt.gather import gather_rows
 from litrt.plan import Plan
 from litrt.ranges import named_range
@@ -81,13 +81,10 @@ class StoreLoader:
         if served is None:
             self._reader.read(piece, memory)
             return
-        stored = self._reader.store[piece.name].dtype
+        info = self._reader.store[piece.name]
         part = self._memory()[: piece.nbytes]
         self._reader.read_part(piece, part)
-        start = piece.offset // stored.itemsize * served.itemsize
-        end = start + piece.nbytes // stored.itemsize * served.itemsize
-        with torch.inference_mode(False), torch.no_grad():
-            torch.from_numpy(memory[start:end]).view(served).copy_(torch.from_numpy(part).view(stored))
+        cast_bytes(memory[info.served(piece.offset, piece.nbytes, served)], served, part, info.dtype)
 
     def _memory(self) -> Bytes:
         """Returns this thread's scratch, on a page."""

@@ -208,9 +208,8 @@ def furnish(
         view = Placeholder(source, index, slot.stored, meta, info.shape, device.torch_device, is_param=is_param)
         _put(tensor, view, slot.names[0])
     del living
-    moved = {
-        id(buffer) for buffer in module.buffers()
-    }  # as `module.to(device)` does; other tensors stay where they are
+    # As `module.to(device)` does: other tensors stay where they are.
+    moved = {id(buffer) for buffer in module.buffers()}
     for tensor, real in zip(values, deferral.materialize(values), strict=True):
         if id(tensor) in moved:
             real = real.to(device.torch_device)

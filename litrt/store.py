@@ -86,6 +86,11 @@ class TensorInfo:
         """Returns the entry of bytes that no store has."""
         return cls(name, (nbytes,), torch.uint8, nbytes, "", 1, direct=False)
 
+    def served(self, offset: int, nbytes: int, dtype: torch.dtype) -> slice:
+        """Returns where bytes of the stored values lie when the tensor is served in `dtype`."""
+        start = offset // self.dtype.itemsize * dtype.itemsize
+        return slice(start, start + nbytes // self.dtype.itemsize * dtype.itemsize)
+
     def cast(self, dtype: torch.dtype) -> TensorInfo:
         """Returns what the tensor is when served in `dtype`: the same, unless it is floating."""
         if not self.dtype.is_floating_point or dtype == self.dtype:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from architectures import CASES as ARCHITECTURES
-from architectures import REPRESENTATIVE, outputs
+from architectures import outputs
 from conftest import MakeStore
-from test_equivalence import CASES, EarlyExit, RoutedExperts, assert_same, perturbed, plain_model, seeded, x
+from test_equivalence import CASES, EarlyExit, RoutedExperts, assert_same, marked, perturbed, plain_model, seeded, x
 from torch import nn
 
 import litrt
@@ -150,13 +150,7 @@ def test_outputs_are_right_at_the_smallest_budget(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        pytest.param(case, marks=() if case.name in REPRESENTATIVE else (pytest.mark.corpus,), id=case.name)
-        for case in ARCHITECTURES
-    ],
-)
+@pytest.mark.parametrize("architecture", [marked(case) for case in ARCHITECTURES])
 def test_architectures(architecture: Any, make_store: MakeStore) -> None:
     pytest.importorskip("transformers")
     plain = architecture.build()

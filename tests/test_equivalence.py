@@ -934,13 +934,14 @@ def test_passes_that_take_other_paths_are_right(
 # Architectures of the transformers package.
 
 
-def _marked(case: Architecture) -> list[Any]:
+def marked(case: Architecture) -> Any:
+    """Returns an architecture as a parameter: all but the representative ones are run by a marker only."""
     marks = () if case.name in REPRESENTATIVE else (pytest.mark.corpus,)
-    return pytest.param(case, marks=marks, id=case.name)  # type: ignore[return-value]
+    return pytest.param(case, marks=marks, id=case.name)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("architecture", [_marked(case) for case in ARCHITECTURES])
+@pytest.mark.parametrize("architecture", [marked(case) for case in ARCHITECTURES])
 def test_architectures(architecture: Architecture, make_store: MakeStore) -> None:
     pytest.importorskip("transformers")
     plain = architecture.build()

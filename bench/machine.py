@@ -1,16 +1,31 @@
-"""What the disk delivers: large direct reads of a file by a few threads, without litrt."""
+"""The machine that a benchmark runs on: what it is, and what its disk delivers without litrt."""
 
 from __future__ import annotations
 
 import mmap
 import os
+import platform
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
+import torch
+
 REQUEST_BYTES = 32 << 20
 N_THREADS = 2
+
+
+def described() -> dict[str, object]:
+    """Returns what goes with every result."""
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "n_cpus": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def read_bps(path: Path, n_bytes: int = 3 << 30) -> float:
