@@ -26,6 +26,7 @@ from litrt.store import (
     array_dtype,
     chunk_shape,
     dtype_name,
+    floating_dtype,
     lead_axis,
     node_name,
     open_store,
@@ -70,7 +71,7 @@ def convert(
         TypeError: If `source` is not a checkpoint, or holds something else than plain tensors.
         ValueError: If `dtype` or `compress` is not one of those above.
     """
-    cast = _floating_dtype(dtype)
+    cast = None if dtype is None else floating_dtype(dtype, "cast weights to")
     if compress is not None and compress not in _CODECS:
         raise ValueError(f"cannot compress with {compress!r}: use None, 'lz4' or 'zstd'.")
     target = Path(os.path.realpath(_local_path(store)))
@@ -91,15 +92,6 @@ def convert(
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return open_store(store)
-
-
-def _floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point or array_dtype(found) is None:
-        raise ValueError(f"cannot cast weights to {dtype!r}: use a floating dtype such as 'bfloat16' or 'float16'.")
-    return found
 
 
 def _local_path(store: str | os.PathLike[str]) -> str:

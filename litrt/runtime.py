@@ -28,7 +28,7 @@ from litrt.reader import Reader
 from litrt.residents import Residents
 from litrt.skeleton import build, furnish, match, slots, tables
 from litrt.stats import Stats
-from litrt.store import Store, TensorInfo, open_store
+from litrt.store import Store, TensorInfo, floating_dtype, open_store
 from litrt.trace import Trace, Use
 from litrt.units import parse_bytes
 
@@ -107,7 +107,7 @@ class Runtime:
         found = slots(self.module)
         match(self.module, found, opened)
         stored = [opened[name] for name in dict.fromkeys(slot.stored for slot in found)]
-        infos = stored if dtype is None else [info.cast(_floating(dtype)) for info in stored]
+        infos = stored if dtype is None else [info.cast(floating_dtype(dtype, "serve weights in")) for info in stored]
         indices = {info.name: index for index, info in enumerate(infos)}
         reader = Reader(opened)
         if n_threads is None:
@@ -350,10 +350,3 @@ class Runtime:
         if again and self._policy == "belady" and self._plan is not None:
             self._follow(replan(self._plan, uses))
             self._last_uses = []
-
-
-def _floating(dtype: torch.dtype | str) -> torch.dtype:
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"cannot serve weights in {dtype!r}: use a floating dtype such as torch.bfloat16.")
-    return found

@@ -135,6 +135,18 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def floating_dtype(dtype: torch.dtype | str, what: str) -> torch.dtype:
+    """Returns the floating dtype that `dtype` names.
+
+    Raises:
+        ValueError: If it names none that a store can have; the message says that litrt cannot do `what` with it.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or array_dtype(found) is None:
+        raise ValueError(f"cannot {what} {dtype!r}: use a floating dtype such as 'bfloat16' or 'float16'.")
+    return found
+
+
 def array_dtype(dtype: torch.dtype) -> str | None:
     """Returns the Zarr data type that stores `dtype`, or None where there is none.
 
