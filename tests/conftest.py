@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 import litrt
@@ -20,6 +21,12 @@ from litrt.arena import POISON, Arena
 from litrt.device import Device
 
 MakeStore = Callable[..., Path]
+
+# The same examples in every run, so that a failure is one of the change at hand. `--hypothesis-profile=search` looks for
+# new ones.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None)
+settings.load_profile("same")
 
 
 def read_threads() -> set[threading.Thread]:
