@@ -1,94 +1,175 @@
-"""Fixed addresses for what streams: offline dynamic storage allocation on a circle.
+"""Fixed addresses for what streams, and from when on each may be loaded there.
 
-Every load holds its bytes from one step to another, again in every pass. Giving each load an offset such that loads
-that are alive together never overlap, within a given height, is dynamic storage allocation (NP-hard); placing
-greedily in a few orders comes within a few per cent of the load for the lifetimes of a streamed model.
+Giving every load an offset in the window such that loads that are alive together never overlap is dynamic storage
+allocation on a circle (NP-hard). It is solved in order of time, as skyline packing: for every address the step is kept
+after which nothing lies there any more, and a load goes where it can be issued earliest. Where no place is free in time
+for all that was scheduled ahead, a load is issued later rather than not at all.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-_N_PERTURBED = 20
-"""Times that an order is changed and tried again."""
+from litrt.schedule import Load, Schedule, pass_s
+from litrt.trace import Segment, Trace
 
-_MAX_ITEMS = 4_000
-"""Items up to which a layout is tried: the work is quadratic."""
+_NEVER = -(1 << 60)
+"""Step after which an address is free that was never taken."""
 
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """Something to place: `size_bytes` at a multiple of `align_bytes`, alive in steps [`start`, `end`)."""
-
-    size_bytes: int
-    align_bytes: int
-    start: int
-    end: int
+_MAX_BUNDLED = 16
+"""Steps whose loads are put side by side, where they do not fit otherwise, before a layout is given up."""
 
 
-_ORDERS: tuple[Callable[[Item], tuple[int, ...]], ...] = (
-    lambda item: (-item.size_bytes, item.start),
-    lambda item: (-item.size_bytes * (item.end - item.start), item.start),
-    lambda item: (item.start, -item.size_bytes),
-    lambda item: (item.end - item.start, -item.size_bytes),
-)
-
-
-def alive_together(a: Item, b: Item, period: int) -> bool:
-    """Says whether two lifetimes meet on a circle of `period` steps; neither is longer than `period`."""
-    shift = (b.start - a.start) % period
-    return shift < a.end - a.start or (-shift) % period < b.end - b.start
-
-
-def place(items: Sequence[Item], period: int, height_bytes: int) -> list[int] | None:
-    """Returns an offset for every item such that none that are alive together overlap, or None.
+class Skyline:
+    """For every address of a window, the step after which nothing lies there any more.
 
     Args:
-        items: What to place.
-        period: Steps of a pass, after which lifetimes repeat.
-        height_bytes: What no item may reach beyond.
+        height_bytes: Size of the window.
     """
-    if len(items) > _MAX_ITEMS:
-        return None
-    if any(item.end - item.start > period or item.size_bytes > height_bytes for item in items):
-        return None
-    neighbours: list[list[int]] = [[] for _ in items]
-    for i, a in enumerate(items):
-        for j in range(i):
-            if alive_together(a, items[j], period):
-                neighbours[i].append(j)
-                neighbours[j].append(i)
-    rng = random.Random(0)
-    for key in _ORDERS:
-        order = sorted(range(len(items)), key=lambda i: key(items[i]))
-        for _ in range(max(1, min(_N_PERTURBED, _MAX_ITEMS // len(items))) if items else 1):
-            offsets, failed = _first_fit(items, neighbours, order, height_bytes)
-            if failed is None:
-                return offsets
-            # What did not fit goes earlier next time: a place is easier to find while there are few.
-            order.remove(failed)
-            order.insert(rng.randrange(len(order) // 2 + 1), failed)
-    return None
+
+    def __init__(self, height_bytes: int) -> None:
+        self.height_bytes = height_bytes
+        self.lows = [0] if height_bytes else []  # where ranges begin, each up to the next
+        self.free_after = [_NEVER] if height_bytes else []
+
+    def high(self, number: int) -> int:
+        """Returns where range `number` ends."""
+        return self.lows[number + 1] if number + 1 < len(self.lows) else self.height_bytes
+
+    def latest(self, low: int, high: int) -> int:
+        """Returns the step after which all of [`low`, `high`) is free."""
+        found = _NEVER
+        number = bisect_right(self.lows, low) - 1
+        while low < high and number < len(self.lows) and self.lows[number] < high:
+            found = max(found, self.free_after[number])
+            number += 1
+        return found
+
+    def take(self, low: int, high: int, free_after: int) -> None:
+        """Says that something lies in [`low`, `high`) until a step."""
+        if low == high:
+            return
+        first = bisect_right(self.lows, low) - 1
+        last = bisect_right(self.lows, high - 1) - 1
+        lows, after = [low], [free_after]
+        if self.lows[first] < low:
+            lows.insert(0, self.lows[first])
+            after.insert(0, self.free_after[first])
+        if high < self.high(last):
+            lows.append(high)
+            after.append(self.free_after[last])
+        self.lows[first : last + 1] = lows
+        self.free_after[first : last + 1] = after
+
+    def best_offset(self, size_bytes: int, align_bytes: int, not_before: int, tightest: bool) -> int | None:
+        """Returns where `size_bytes` can be loaded earliest: in the first hole that is free then, or the smallest."""
+        after = not_before
+        while True:
+            best = best_bytes = -1
+            low = -1  # where the hole begins that is being looked at
+            following: int | None = None
+            for start, free_after in zip(self.lows, self.free_after, strict=True):
+                if free_after <= after:
+                    if low < 0:
+                        low = start
+                    continue
+                if following is None or free_after < following:
+                    following = free_after
+                if low >= 0:
+                    offset = low if align_bytes == 1 else align_up(low, align_bytes)
+                    if offset + size_bytes <= start and (best < 0 or start - low < best_bytes):
+                        best, best_bytes = offset, start - low
+                        if not tightest:
+                            return best
+                    low = -1
+            if low >= 0:
+                offset = align_up(low, align_bytes)
+                if offset + size_bytes <= self.height_bytes and (best < 0 or self.height_bytes - low < best_bytes):
+                    return offset
+            if best >= 0:
+                return best
+            if following is None:
+                return None
+            after = following
 
 
-def _first_fit(
-    items: Sequence[Item], neighbours: list[list[int]], order: list[int], height_bytes: int
-) -> tuple[list[int], int | None]:
-    """Returns offsets, and the item for which there was no room, if any."""
-    offsets = [-1] * len(items)
-    for i in order:
-        taken = sorted((offsets[j], offsets[j] + items[j].size_bytes) for j in neighbours[i] if offsets[j] >= 0)
-        offset = 0
-        for low, high in taken:
-            if offset + items[i].size_bytes <= low:
+def best_layout(trace: Trace, schedule: Schedule, height_bytes: int) -> Schedule | None:
+    """Returns the fastest of a few layouts of `schedule`, or None where none is found."""
+    return min(lay_out(schedule, trace.segments, height_bytes), key=lambda placed: pass_s(trace, placed), default=None)
+
+
+def lay_out(schedule: Schedule, segments: Sequence[Segment], height_bytes: int) -> Iterator[Schedule]:
+    """Yields `schedule` with offsets in a window of `height_bytes`, in one or more ways, or not at all.
+
+    A load is issued no earlier than the schedule says, and later where its place is not free before.
+    """
+    for tightest in (False, True):
+        bundled: set[int] = set()
+        while len(bundled) <= _MAX_BUNDLED:
+            offsets, failed = _offsets(schedule, segments, height_bytes, tightest, bundled)
+            if offsets is not None:
+                yield _issued_when_free(schedule, segments, height_bytes, offsets)
+            if failed is None or failed in bundled:
                 break
-            offset = max(offset, align_up(high, items[i].align_bytes))
-        if offset + items[i].size_bytes > height_bytes:
-            return offsets, i
-        offsets[i] = offset
+            bundled.add(failed)
+
+
+def _offsets(
+    schedule: Schedule, segments: Sequence[Segment], height_bytes: int, tightest: bool, bundled: set[int]
+) -> tuple[list[int] | None, int | None]:
+    """Returns an offset for each load, or the step for which there was no room.
+
+    Two passes are laid out, and the second one is taken: it began with what the first one had left behind.
+    """
+    n_steps = len(schedule.steps)
+    skyline = Skyline(height_bytes)
+    issued_after = _NEVER
+    offsets: list[int] = []
+    for base in (0, n_steps, 2 * n_steps):
+        again = base == 2 * n_steps
+        beside: tuple[int, int] | None = None  # a step whose loads lie side by side, and where they end
+        for number, load in enumerate(schedule.loads):
+            segment = segments[load.segment]
+            size_bytes = segment.size_bytes
+            offset: int | None
+            if again:
+                offset = offsets[number]
+            elif not size_bytes:
+                offset = 0
+            elif load.first in bundled:
+                start = beside[1] if beside is not None and beside[0] == load.first else 0
+                offset = align_up(start, segment.align_bytes)
+                beside = (load.first, offset + size_bytes)
+            else:
+                earliest = max(issued_after, base + load.after)
+                offset = skyline.best_offset(size_bytes, segment.align_bytes, earliest, tightest)
+            if offset is None or offset + size_bytes > height_bytes:
+                return None, load.first
+            issued_after = max(issued_after, base + load.after, skyline.latest(offset, offset + size_bytes))
+            if issued_after > base + load.first:
+                return None, load.first
+            skyline.take(offset, offset + size_bytes, base + load.last + 1)
+            if base == n_steps:
+                offsets.append(offset)
     return offsets, None
+
+
+def _issued_when_free(
+    schedule: Schedule, segments: Sequence[Segment], height_bytes: int, offsets: Sequence[int]
+) -> Schedule:
+    """Returns `schedule` at `offsets`, each load issued once nothing lies in its place any more."""
+    n_steps = len(schedule.steps)
+    skyline = Skyline(height_bytes)
+    loads: list[Load] = []
+    for base in (0, n_steps):
+        loads.clear()
+        for load, offset in zip(schedule.loads, offsets, strict=True):
+            high = offset + segments[load.segment].size_bytes
+            loads.append(replace(load, offset=offset, after=max(load.after, skyline.latest(offset, high) - base)))
+            skyline.take(offset, high, base + load.last + 1)
+    return replace(schedule, loads=tuple(loads))
 
 
 def align_up(value: int, align_bytes: int) -> int:

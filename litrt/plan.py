@@ -12,23 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from litrt.bound import groups, min_pass_s, min_streamed_bytes
-from litrt.layout import Item, align_up, place
+from litrt.layout import align_up, best_layout
 from litrt.policy import lru_loads
 from litrt.residency import choose_streamed
-from litrt.schedule import Load, Schedule, Step, best_schedule, pass_s, streamed_steps
+from litrt.schedule import Load, Schedule, Step, best_schedule, pass_s, step_by_step, streamed_steps
 from litrt.trace import Segment, Trace, Use
 from litrt.units import format_bytes
 
 Policy = Literal["belady", "lru"]
-
-_SHRINK = (1.0, 0.98, 0.95, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.6, 0.5)
-"""Shares of the window that loads are scheduled in, tried in turn until addresses are found for them in all of it."""
-
-_SLACK = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05)
-"""Shares of the budget that are left out when choosing what stays: room for gaps between addresses in the window."""
-
-_NEAR = 1.01
-"""A plan with addresses this near to the same plan without them is good enough to stop searching."""
 
 
 @dataclass(frozen=True)
@@ -174,26 +165,12 @@ def _make_plan(trace: Trace, budget_bytes: int, policy: Policy, seed: int) -> Pl
         seconds = trace.compute_s + n_bytes / trace.bandwidth_bps + len(loaded) * trace.latency_s
         return replace(plan, steps=tuple(steps), streamed_bytes=streamed_bytes, pass_s=seconds)
 
-    best: Plan | None = None
-    goal_s = 0.0
     # The window begins where what streams may begin, which can leave a gap behind the residents.
     gap_bytes = max((segment.align_bytes for segment in trace.segments), default=0)
     if budget_bytes >= trace.used_bytes or all(segment.align_bytes == gap_bytes for segment in trace.segments):
         gap_bytes = 0
-    for slack in _SLACK:
-        room_bytes = int(budget_bytes * (1 - slack)) - gap_bytes
-        if best is not None and room_bytes < trace.largest_use_bytes:
-            break
-        streamed, schedule = choose_streamed(trace, room_bytes, seed)
-        candidate = _with_loads(_with_residents(plan, trace, streamed), trace, streamed, schedule)
-        if best is None:
-            goal_s = pass_s(trace, schedule) * _NEAR if schedule is not None else float("inf")
-        if best is None or candidate.pass_s < best.pass_s:
-            best = candidate
-        if best.pass_s <= goal_s:
-            break
-    assert best is not None
-    return best
+    streamed, schedule = choose_streamed(trace, budget_bytes - gap_bytes, seed)
+    return _with_loads(_with_residents(plan, trace, streamed), trace, schedule)
 
 
 def replan(plan: Plan, uses: Sequence[Use]) -> Plan:
@@ -204,7 +181,10 @@ def replan(plan: Plan, uses: Sequence[Use]) -> Plan:
     """
     trace = Trace(plan.segments, tuple(uses), plan.bandwidth_bps, plan.latency_s)
     plan = _bounded(plan, trace)
-    return _with_loads(plan, trace, frozenset(trace.used), None)
+    streamed = frozenset(trace.used)
+    schedule = best_schedule(trace, streamed, plan.window_bytes)
+    placed = best_layout(trace, schedule, plan.window_bytes) if schedule is not None else None
+    return _with_loads(plan, trace, placed if placed is not None else step_by_step(trace, streamed))
 
 
 def _bounded(plan: Plan, trace: Trace) -> Plan:
@@ -235,51 +215,14 @@ def _with_residents(plan: Plan, trace: Trace, streamed: Set[int]) -> Plan:
     return replace(plan, resident=resident, window_offset=min(align_up(end, align_bytes), plan.budget_bytes))
 
 
-def _with_loads(plan: Plan, trace: Trace, streamed: Set[int], schedule: Schedule | None) -> Plan:
-    """Completes `plan` with the loads of `streamed`, at addresses in its window where some can be found."""
-    placed: Schedule | None = None
-    for share in _SHRINK:
-        if share < 1 or schedule is None:
-            schedule = best_schedule(trace, streamed, int(plan.window_bytes * share))
-        if schedule is None:
-            break
-        placed = _placed(schedule, trace.segments, plan.window_offset, plan.budget_bytes)
-        if placed is not None:
-            break
-    if placed is None:
-        placed = _step_by_step(trace, streamed)
-    n_bytes = plan.gathered_bytes + sum(trace.segments[load.segment].fetch_bytes for load in placed.loads)
-    return replace(plan, steps=placed.steps, loads=placed.loads, streamed_bytes=n_bytes, pass_s=pass_s(trace, placed))
-
-
-def _placed(schedule: Schedule, segments: Sequence[Segment], low: int, high: int) -> Schedule | None:
-    items = [
-        Item(segments[load.segment].size_bytes, segments[load.segment].align_bytes, load.after, load.last + 1)
+def _with_loads(plan: Plan, trace: Trace, schedule: Schedule) -> Plan:
+    """Completes `plan` with a schedule, whose offsets count from the start of the window."""
+    loads = tuple(
+        load if load.offset is None else replace(load, offset=plan.window_offset + load.offset)
         for load in schedule.loads
-    ]
-    offsets = place(items, max(len(schedule.steps), 1), high - low)
-    if offsets is None:
-        return None
-    loads = tuple(replace(load, offset=low + at) for load, at in zip(schedule.loads, offsets, strict=True))
-    return replace(schedule, loads=loads)
-
-
-def _step_by_step(trace: Trace, streamed: Set[int]) -> Schedule:
-    """Returns the schedule for a window that holds one step at a time: nothing ahead, places found when loading."""
-    steps, spans = streamed_steps(trace, streamed)
-    loads: list[Load] = []
-    latest: dict[int, int] = {}  # of a segment, its load that was last
-    for number, step in enumerate(steps):
-        # Those on a page first: the others then lie behind them without a gap.
-        for index in sorted(step.segments, key=lambda index: -trace.segments[index].align_bytes):
-            held = loads[latest[index]] if index in latest else None
-            if held is not None and held.last >= number:
-                loads[latest[index]] = replace(held, last=max(held.last, spans[number]))
-                continue
-            latest[index] = len(loads)
-            loads.append(Load(index, number, spans[number], number))
-    n_bytes = sum(trace.segments[load.segment].size_bytes for load in loads)
-    return Schedule(tuple(steps), tuple(loads), n_bytes)
+    )
+    n_bytes = plan.gathered_bytes + sum(trace.segments[load.segment].fetch_bytes for load in loads)
+    return replace(plan, steps=schedule.steps, loads=loads, streamed_bytes=n_bytes, pass_s=pass_s(trace, schedule))
 
 
 def _pack(segments: Sequence[Segment], indices: Iterable[int]) -> tuple[dict[int, int], int]:

@@ -1,22 +1,25 @@
 """Which segments stay: the one choice that a plan makes.
 
-First what is worth most per byte: segments used several times per pass, and those so small that a read costs more in
-latency than in bytes. Then water-filling: every use streams what exceeds a common level less what can move while it
-computes, in several variants, each rounded to whole segments with the error carried on to the next use. The best of
-these by predicted seconds, then by bytes, is polished by local search.
+First what is worth most per byte: segments used several times per pass, and those so small that reading them is mostly
+latency. Then water-filling: every use streams what exceeds a common level less what can move while it computes, in
+several variants, each rounded to whole segments with the error carried on to the next use. Some keep all that is large,
+because small segments fill a window better. All are ranked by their seconds in a window without gaps; the fastest are given
+addresses, and the best of these by predicted seconds, then by bytes, is polished by local search.
 """
 
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import combinations
+from collections.abc import Iterator
+from itertools import combinations, product
 
 import numpy as np
 
 from litrt.bound import Array
-from litrt.schedule import Schedule, best_schedule, pass_s
+from litrt.layout import best_layout
+from litrt.schedule import Schedule, best_schedule, pass_s, step_by_step
 from litrt.trace import Trace
 
 _MAX_SUBSET_OF = 8
@@ -25,26 +28,51 @@ _MAX_SUBSET_OF = 8
 _SMALL_SHARE = 1 / 4
 """Share of the spare budget that small segments may take before anything else is chosen."""
 
-_WORK = 60_000
-"""Uses times evaluations that a search may cost: about a second."""
+_N_FAMILIES = 8
+"""Sizes at which to divide the segments into those that may stream and those that stay."""
+
+_WORK = 200_000
+"""Uses and loads that a search may schedule: under a second. Laying a load out costs `_LAYOUT_WORK`."""
+
+_LAYOUT_WORK = 8
+_PROPOSAL_WORK = 10
+
+_SMALLEST_PREFIX_WINDOW = 0.02
+"""Share of the budget: the smallest window that is tried behind a prefix of what is used."""
+
+_MIN_ROUNDS = 4
+"""Choices that are laid out even where each has so many loads that `_WORK` is spent."""
+
+_MAX_EXHAUSTIVE = 9
+"""Segments up to which every choice is ranked."""
 
 
-def choose_streamed(trace: Trace, budget_bytes: int, seed: int) -> tuple[frozenset[int], Schedule | None]:
-    """Returns the segments that stream, and their schedule in the window that is left.
+def choose_streamed(trace: Trace, budget_bytes: int, seed: int) -> tuple[frozenset[int], Schedule]:
+    """Returns the segments that stream, and their schedule with offsets in the window that is left.
 
-    The schedule is None where the budget is so small that only loading step by step works.
+    Loads have no offset where the budget is so small that only loading step by step works.
     """
     search = _Search(trace, budget_bytes)
-    if search.spare_bytes < 0 or trace.used_bytes <= budget_bytes:
-        streamed = frozenset() if trace.used_bytes <= budget_bytes else frozenset(trace.used)
-        return streamed, best_schedule(trace, streamed, budget_bytes)
-    n_evaluations = max(24, min(500, _WORK // max(len(trace.uses), 1)))
-    kept = search.worth_most()
-    search.offer(frozenset(trace.used))
-    for preferred in {kept, frozenset[int]()}:
-        for targets in _water_levels(search, preferred, n_evaluations // 4):
-            search.offer(search.rounded(preferred, targets))
-    search.polish(random.Random(seed), n_evaluations)
+    search.rank(search.used)
+    if len(search.used) <= _MAX_EXHAUSTIVE:
+        for n_kept in range(1, len(search.used) + 1):
+            for subset in combinations(sorted(search.used), n_kept):
+                search.rank(search.used - set(subset))
+        search.lay_out_ranked(_WORK)
+        return search.best, search.best_schedule
+    if trace.used_bytes <= budget_bytes:
+        search.rank(frozenset())
+    elif search.spare_bytes > 0:
+        for kept in search.prefixes():
+            search.rank(search.used - kept)
+        families = list(dict.fromkeys([search.worth_most(), frozenset[int](), *search.largest(_N_FAMILIES)]))
+        n_levels = _WORK // 4 // search.n_loads // len(families) + 2
+        for kept in families:
+            for targets in _water_levels(search, kept, n_levels):
+                search.rank(search.rounded(kept, targets))
+    search.lay_out_ranked(_WORK // 2)
+    if trace.used_bytes > budget_bytes:
+        search.polish(random.Random(seed), _WORK)
     return search.best, search.best_schedule
 
 
@@ -58,31 +86,81 @@ class _Search:
         self.used = frozenset(trace.used)
         self.used_bytes = trace.used_bytes
         self.spare_bytes = budget_bytes - trace.largest_use_bytes
+        self.n_loads = sum(len(use.segments) for use in trace.uses)
         self.parts: list[list[int]] = []
         seen: set[int] = set()
         for use in trace.uses:
             self.parts.append([index for index in dict.fromkeys(use.segments) if index not in seen])
             seen.update(use.segments)
         self.best = self.used
-        self.best_schedule: Schedule | None = None
-        self.best_cost = (float("inf"), 0)
-        self._known: dict[frozenset[int], tuple[float, int]] = {}
+        self.best_schedule = step_by_step(trace, self.used)
+        self.best_cost = (pass_s(trace, self.best_schedule), self.best_schedule.streamed_bytes)
+        self._work = 0
+        self._ranked: dict[frozenset[int], tuple[tuple[float, int], Schedule]] = {}
+        self._seen: set[frozenset[int]] = set()
+        self._subsets: dict[tuple[int, ...], list[tuple[float, tuple[int, ...]]]] = {}
 
-    def offer(self, streamed: frozenset[int]) -> bool:
-        """Takes `streamed` if it is better than the best; says whether it was."""
-        if streamed in self._known:
-            return False
-        resident_bytes = self.used_bytes - sum(self.sizes[index] for index in streamed)
-        schedule = best_schedule(self.trace, streamed, self.budget_bytes - resident_bytes)
+    def rank(self, streamed: frozenset[int]) -> tuple[float, int] | None:
+        """Schedules a choice without addresses, and returns what it would cost; None for one that cannot run."""
+        if streamed in self._seen or self.window_bytes(streamed) < 0:
+            return None
+        self._seen.add(streamed)
+        schedule = best_schedule(self.trace, streamed, self.window_bytes(streamed))
         if schedule is None:
-            self._known[streamed] = (float("inf"), 0)
-            return False
+            return None
+        self._work += len(self.trace.uses) + len(schedule.loads)
         cost = (pass_s(self.trace, schedule), schedule.streamed_bytes)
-        self._known[streamed] = cost
+        self._ranked[streamed] = (cost, schedule)
+        return cost
+
+    def lay_out(self, streamed: frozenset[int]) -> bool:
+        """Gives addresses to a ranked choice, and takes it if it is better than the best; says whether it was."""
+        schedule = self._ranked.pop(streamed)[1]
+        self._work += _LAYOUT_WORK * len(schedule.loads)
+        placed = best_layout(self.trace, schedule, self.window_bytes(streamed))
+        if placed is None:
+            placed = step_by_step(self.trace, streamed)
+        cost = (pass_s(self.trace, placed), schedule.streamed_bytes)
         if not _better(cost, self.best_cost):
             return False
-        self.best, self.best_schedule, self.best_cost = streamed, schedule, cost
+        self.best, self.best_schedule, self.best_cost = streamed, placed, cost
         return True
+
+    def lay_out_ranked(self, work: int) -> None:
+        """Gives addresses to what was ranked, best first, until none of the rest can be better."""
+        ranked = sorted(self._ranked.items(), key=lambda item: item[1][0])
+        for number, (streamed, (cost, _)) in enumerate(ranked):
+            if not _better(cost, self.best_cost) or (self._work > work and number >= _MIN_ROUNDS):
+                break
+            self.lay_out(streamed)
+
+    def window_bytes(self, streamed: frozenset[int]) -> int:
+        """Returns what is left of the budget beside what stays."""
+        return self.budget_bytes - self.used_bytes + sum(self.sizes[index] for index in streamed)
+
+    def prefixes(self) -> Iterator[frozenset[int]]:
+        """Yields sets of the segments that are used first, that leave windows of several sizes."""
+        share = 1.0
+        while share > _SMALLEST_PREFIX_WINDOW:
+            kept: set[int] = set()
+            room_bytes = self.budget_bytes * (1 - share)
+            for index in self.trace.used:
+                room_bytes -= self.sizes[index]
+                if room_bytes < 0:
+                    break
+                kept.add(index)
+            yield frozenset(kept)
+            share *= 0.7
+
+    def largest(self, n_sets: int) -> Iterator[frozenset[int]]:
+        """Yields sets of the segments above some size, such that the smaller ones suffice to stream."""
+        excess_bytes = self.used_bytes - self.budget_bytes
+        sizes = sorted({self.sizes[index] for index in self.used})
+        for number in range(1, n_sets + 1):
+            limit = sizes[(len(sizes) - 1) * number // n_sets]
+            small_bytes = sum(self.sizes[index] for index in self.used if self.sizes[index] <= limit)
+            if small_bytes >= excess_bytes + limit:
+                yield frozenset(index for index in self.used if self.sizes[index] > limit)
 
     def worth_most(self) -> frozenset[int]:
         """Returns what to keep before anything else: used several times per pass, or too small to be worth a read."""
@@ -108,17 +186,23 @@ class _Search:
         streamed: list[int] = []
         carry = 0.0
         for parts, target in zip(self.parts, targets, strict=True):
-            free = [index for index in parts if index not in kept]
+            free = tuple(index for index in parts if index not in kept)
             wanted = float(target) + carry
             chosen = self._nearest(free, wanted)
             streamed.extend(chosen)
             carry = wanted - sum(self.sizes[index] for index in chosen)
         return frozenset(streamed)
 
-    def _nearest(self, free: Sequence[int], wanted: float) -> tuple[int, ...]:
+    def _nearest(self, free: tuple[int, ...], wanted: float) -> tuple[int, ...]:
+        """Returns those of `free` whose bytes are nearest to `wanted`."""
         if len(free) <= _MAX_SUBSET_OF:
-            subsets = (subset for n in range(len(free) + 1) for subset in combinations(free, n))
-            return min(subsets, key=lambda subset: abs(sum(self.sizes[index] for index in subset) - wanted))
+            known = self._subsets.get(free)
+            if known is None:
+                subsets = [subset for n in range(len(free) + 1) for subset in combinations(free, n)]
+                summed = {sum(self.sizes[index] for index in subset): subset for subset in reversed(subsets)}
+                known = self._subsets[free] = sorted(summed.items())
+            at = bisect_left(known, (wanted, ()))
+            return min(known[max(at - 1, 0) : at + 1], key=lambda item: abs(item[0] - wanted))[1]
         chosen = []
         for index in sorted(free, key=lambda index: -self.sizes[index]):
             if self.sizes[index] <= wanted:
@@ -126,22 +210,32 @@ class _Search:
                 wanted -= self.sizes[index]
         return tuple(chosen)
 
-    def polish(self, rng: random.Random, n_evaluations: int) -> None:
+    def polish(self, rng: random.Random, work: int) -> None:
         """Toggles or swaps one or two segments as long as that makes a pass faster, or as fast with fewer bytes."""
         order = sorted(self.used)
-        for _ in range(n_evaluations):
+        by_size: dict[int, list[int]] = {}
+        for index in order:
+            by_size.setdefault(self.sizes[index], []).append(index)
+        n_tried = 0
+        while self._work < work or n_tried < _MIN_ROUNDS:
+            n_tried += 1
             streamed = sorted(self.best)
             kept = [index for index in order if index not in self.best]
             change = set(self.best)
             move = rng.random()
-            if move < 0.4 and streamed:
+            if move < 0.15 and streamed:
                 change.discard(rng.choice(streamed))
-            elif move < 0.5 and kept:
+            elif move < 0.3 and kept:
                 change.add(rng.choice(kept))
             elif streamed and kept:
-                change.discard(rng.choice(streamed))
-                change.add(rng.choice(kept))
-            self.offer(frozenset(change))
+                out = rng.choice(streamed)
+                alike = by_size[self.sizes[out]] if move < 0.7 else kept
+                change.discard(out)
+                change.add(rng.choice(alike))
+            self._work += _PROPOSAL_WORK
+            cost = self.rank(frozenset(change))
+            if cost is not None and _better(cost, self.best_cost):
+                self.lay_out(frozenset(change))
 
 
 def _better(cost: tuple[float, int], than: tuple[float, int]) -> bool:
@@ -159,18 +253,20 @@ def _water_levels(search: _Search, kept: frozenset[int], n_levels: int) -> Itera
     budget_bytes = search.budget_bytes - sum(search.sizes[index] for index in kept)
     hidden_bytes = np.array([use.compute_s for use in trace.uses]) * trace.bandwidth_bps
     part_bytes = float(sizes[sizes > 0].mean()) if (sizes > 0).any() else 1.0
-    caps = sorted({*np.quantile(hidden_bytes, [0.25, 0.5, 0.75, 1.0]), 0.25 * part_bytes, part_bytes, budget_bytes / 2})
-    reserves = [0.0, 0.25 * part_bytes, 0.5 * part_bytes, part_bytes, 2 * part_bytes, 4 * part_bytes]
-    reserves += [share * budget_bytes for share in (0.02, 0.05, 0.1, 0.2, 0.4)]
+    largest_bytes = float(max((search.sizes[index] for index in search.used - kept), default=0))
+    caps = [*np.quantile(hidden_bytes, [1.0, 0.5, 0.25, 0.75]), part_bytes, budget_bytes / 2, part_bytes / 4]
+    reserves = [largest_bytes, 2 * largest_bytes, *(part_bytes * n for n in (0, 1, 2, 0.5, 4, 0.25))]
+    reserves += [share * budget_bytes for share in (0.05, 0.1, 0.2, 0.02, 0.4)]
+    # The first of each are the likeliest: those with few before them in both lists come first.
+    pairs = sorted(product(range(len(reserves)), range(len(caps))), key=lambda pair: (sum(pair), pair))
     n_yielded = 0
-    for reserve in reserves:
-        for cap in caps:
-            if n_yielded >= n_levels:
-                return
-            levels = water_fill(sizes, np.minimum(hidden_bytes, cap), budget_bytes - reserve)
-            if levels is not None:
-                n_yielded += 1
-                yield levels
+    for reserve, cap in pairs:
+        if n_yielded >= n_levels:
+            return
+        levels = water_fill(sizes, np.minimum(hidden_bytes, caps[cap]), budget_bytes - reserves[reserve])
+        if levels is not None:
+            n_yielded += 1
+            yield levels
 
 
 def water_fill(sizes: Array, hidden_bytes: Array, budget_bytes: float) -> Array | None:

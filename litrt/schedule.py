@@ -8,14 +8,17 @@ issued once a certain step has ended, whatever the clock says.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from litrt.trace import Trace
 
 _N_PASSES = 4
 """Passes that `pass_s` simulates; the second half is averaged."""
+
+
+_KEPT = (1 / 4, 1 / 2, 1)
+"""Shares of the window up to which a segment is kept from one use to the next, tried in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +162,31 @@ def make_schedule(trace: Trace, streamed: Set[int], window_bytes: int, *, merge_
 
 def best_schedule(trace: Trace, streamed: Set[int], window_bytes: int) -> Schedule | None:
     """Returns the fastest of a few schedules: they differ in how long a segment with several uses is kept."""
-    n_uses = Counter(index for use in trace.uses for index in use.segments if index in streamed)
+    apart = make_schedule(trace, streamed, window_bytes)
+    if apart is not None and len(apart.loads) <= len(streamed):
+        return apart  # each is loaded once
     # Several segments kept at once can be too much together; kept for one use only, they fit wherever the uses do.
-    shares = (0, 1 / 4, 1 / 2, 1) if any(n > 1 for n in n_uses.values()) else (0,)
-    made = [make_schedule(trace, streamed, window_bytes, merge_bytes=int(window_bytes * share)) for share in shares]
-    possible = [schedule for schedule in made if schedule is not None]
+    kept = [make_schedule(trace, streamed, window_bytes, merge_bytes=int(window_bytes * share)) for share in _KEPT]
+    possible = [schedule for schedule in (apart, *kept) if schedule is not None]
     return min(possible, key=lambda schedule: (pass_s(trace, schedule), schedule.streamed_bytes), default=None)
+
+
+def step_by_step(trace: Trace, streamed: Set[int]) -> Schedule:
+    """Returns the schedule for a window that holds one step at a time: nothing ahead, places found when loading."""
+    steps, spans = streamed_steps(trace, streamed)
+    loads: list[Load] = []
+    latest: dict[int, int] = {}  # of a segment, its load that was last
+    for number, step in enumerate(steps):
+        # Those on a page first: the others then lie behind them without a gap.
+        for index in sorted(step.segments, key=lambda index: -trace.segments[index].align_bytes):
+            held = loads[latest[index]] if index in latest else None
+            if held is not None and held.last >= number:
+                loads[latest[index]] = replace(held, last=max(held.last, spans[number]))
+                continue
+            latest[index] = len(loads)
+            loads.append(Load(index, number, spans[number], number))
+    n_bytes = sum(trace.segments[load.segment].size_bytes for load in loads)
+    return Schedule(tuple(steps), tuple(loads), n_bytes)
 
 
 def _transfer_s(trace: Trace, index: int) -> float:
@@ -177,27 +199,24 @@ def pass_s(trace: Trace, schedule: Schedule) -> float:
     steps, loads = schedule.steps, schedule.loads
     if not steps:
         return trace.compute_s
-    load_s = [(load.first, load.after, _transfer_s(trace, load.segment)) for load in loads]
     n_steps = len(steps)
-    seconds = [(step.compute_s, step.held_s) for step in steps]
+    needs: list[list[tuple[int, float]]] = [[] for _ in steps]
+    for load in loads:
+        needs[load.first].append((load.after, _transfer_s(trace, load.segment)))
+    timed = [(step.compute_s, step.held_s, need) for step, need in zip(steps, needs, strict=True)]
     link = clock = 0.0
     ended = [0.0]
     marks = [0.0]
     for number in range(_N_PASSES):
         base = number * n_steps
-        position = 0
-        for step in range(n_steps):
-            waits = False
-            while position < len(load_s) and load_s[position][0] == step:
-                _, after, transfer_s = load_s[position]
-                if base + after > 0:
-                    link = max(link, ended[base + after])
+        for compute_s, held_s, need in timed:
+            for after, transfer_s in need:
+                after += base
+                if after > 0 and ended[after] > link:
+                    link = ended[after]
                 link += transfer_s
-                waits = True
-                position += 1
-            if waits:
-                clock = max(clock, link)
-            compute_s, held_s = seconds[step]
+            if need and link > clock:
+                clock = link
             ended.append(clock + held_s)
             clock += compute_s
         marks.append(clock)

@@ -22,7 +22,7 @@ from litrt.device import Device
 
 MakeStore = Callable[..., Path]
 
-# The same examples in every run, so that a failure is one of the change at hand. `--hypothesis-profile=search` looks for
+# The same examples in every run, so that a failure is one of the change at hand; --hypothesis-profile=search looks for
 # new ones.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None)

@@ -438,7 +438,7 @@ def test_a_steady_pass_takes_what_the_plan_predicts(ratio: float, budget: int, p
         for _ in range(4):
             rt(sample())
         assert (device.now_s - began_s) / 4 == pytest.approx(rt.plan.pass_s, rel=0.02)
-        assert rt.plan.pass_s >= rt.plan.bound_s
+        assert rt.plan.pass_s >= rt.plan.bound_s * (1 - 1e-9)
 
 
 def test_waits_of_the_device_count_as_late_and_not_as_hits(path: Path) -> None:

