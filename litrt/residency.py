@@ -3,8 +3,8 @@
 First what is worth most per byte: segments used several times per pass, and those so small that reading them is mostly
 latency. Then water-filling: every use streams what exceeds a common level less what can move while it computes, in
 several variants, each rounded to whole segments with the error carried on to the next use. Some keep all that is large,
-because small segments fill a window better. All are ranked by their seconds in a window without gaps; the fastest are given
-addresses, and the best of these by predicted seconds, then by bytes, is polished by local search.
+because small segments fill a window better. All are ranked by their seconds in a window without gaps; the fastest are
+given addresses, and the best of these by predicted seconds, then by bytes, is polished by local search.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ _WORK = 200_000
 
 _LAYOUT_WORK = 8
 _PROPOSAL_WORK = 10
+
+_PATIENCE = 30
+"""Changes per segment that may be tried in vain before the search ends."""
 
 _SMALLEST_PREFIX_WINDOW = 0.02
 """Share of the budget: the smallest window that is tried behind a prefix of what is used."""
@@ -216,9 +219,10 @@ class _Search:
         by_size: dict[int, list[int]] = {}
         for index in order:
             by_size.setdefault(self.sizes[index], []).append(index)
-        n_tried = 0
-        while self._work < work or n_tried < _MIN_ROUNDS:
+        n_tried = n_fruitless = 0
+        while (self._work < work or n_tried < _MIN_ROUNDS) and n_fruitless < _PATIENCE * len(order):
             n_tried += 1
+            n_fruitless += 1
             streamed = sorted(self.best)
             kept = [index for index in order if index not in self.best]
             change = set(self.best)
@@ -234,8 +238,8 @@ class _Search:
                 change.add(rng.choice(alike))
             self._work += _PROPOSAL_WORK
             cost = self.rank(frozenset(change))
-            if cost is not None and _better(cost, self.best_cost):
-                self.lay_out(frozenset(change))
+            if cost is not None and _better(cost, self.best_cost) and self.lay_out(frozenset(change)):
+                n_fruitless = 0
 
 
 def _better(cost: tuple[float, int], than: tuple[float, int]) -> bool:
@@ -274,21 +278,16 @@ def water_fill(sizes: Array, hidden_bytes: Array, budget_bytes: float) -> Array 
 
     m is the window that the streamed bytes go through; None where no m satisfies it.
     """
-    excess = float(sizes.sum()) - budget_bytes
-
-    def surplus(level: float) -> float:
-        return float(np.clip(level - hidden_bytes, 0, sizes).sum()) - level - excess
-
-    levels = np.linspace(0.0, float((sizes + hidden_bytes).max()), 129)
-    crossing = next((i for i, level in enumerate(levels) if surplus(float(level)) >= 0), None)
-    if crossing is None:
+    # sum(y) - m is piecewise linear in m: each use begins to stream at its `hidden_bytes`, and streams all `sizes` later.
+    bends = np.concatenate([hidden_bytes, hidden_bytes + sizes])
+    order = np.argsort(bends, kind="stable")
+    bends = np.concatenate([[0.0], bends[order]])
+    slopes = np.cumsum(np.concatenate([[-1.0], np.repeat([1.0, -1.0], len(sizes))[order]]))
+    surplus = np.cumsum(np.concatenate([[budget_bytes - float(sizes.sum())], np.diff(bends) * slopes[:-1]]))
+    enough = np.flatnonzero(surplus >= 0)
+    if not len(enough):
         return None
-    low, high = float(levels[max(crossing - 1, 0)]), float(levels[crossing])
-    for _ in range(40):
-        middle = (low + high) / 2
-        if surplus(middle) >= 0:
-            high = middle
-        else:
-            low = middle
-    filled: Array = np.clip(high - hidden_bytes, 0, sizes)
+    at = int(enough[0])
+    level = bends[at] if at == 0 else bends[at - 1] - surplus[at - 1] / slopes[at - 1]
+    filled: Array = np.clip(level - hidden_bytes, 0, sizes)
     return filled
