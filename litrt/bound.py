@@ -23,16 +23,24 @@ Array = npt.NDArray[np.float64]
 def groups(trace: Trace) -> tuple[Array, Array]:
     """Returns bytes and seconds per use of `trace`, each segment counted at its first use.
 
-    Bytes are those of the values, without padding, so that the bound holds for any layout.
+    Bytes are those of the values, without padding, so that the bound holds for any layout. What is computed after a use
+    is done with its segments is a group of its own, without bytes: others may be loaded in their place by then.
     """
     seen: set[int] = set()
     sizes = []
+    seconds = []
     for use in trace.uses:
         fresh = [index for index in use.segments if index not in seen]
         seen.update(fresh)
         sizes.append(float(sum(trace.segments[index].nbytes for index in fresh if not trace.segments[index].is_slot)))
-    # What a gather takes is reading, which a table in memory would spare: it bounds nothing.
-    return np.array(sizes), np.array([use.compute_s if use.table is None else 0.0 for use in trace.uses])
+        # What a gather takes is reading, which a table in memory would spare: it bounds nothing.
+        compute_s = use.compute_s if use.table is None else 0.0
+        held_s = compute_s if use.held_s is None or use.n_spanned > 1 else min(use.held_s, compute_s)
+        seconds.append(held_s)
+        if held_s < compute_s:
+            sizes.append(0.0)
+            seconds.append(compute_s - held_s)
+    return np.array(sizes), np.array(seconds)
 
 
 def min_streamed_bytes(sizes: Array, budget_bytes: float) -> float:

@@ -177,9 +177,12 @@ class CpuDevice:
 
     def tensor(self, memory: Memory, info: TensorInfo) -> torch.Tensor:
         """Returns a contiguous tensor of the shape and dtype of `info` over `memory`."""
-        with torch.inference_mode(False), torch.no_grad():
-            storage = torch.from_numpy(memory).untyped_storage()
-            return torch.empty(0, dtype=info.dtype).set_(storage, 0, info.shape, contiguous_strides(info.shape))
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self.tensor(memory, info)
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=info.dtype)
+        return torch.frombuffer(memory, dtype=info.dtype).view(info.shape)
 
     def fill(self, memory: Memory, byte: int, waits: Sequence[Event] = ()) -> None:
         """Overwrites `memory`."""

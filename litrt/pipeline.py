@@ -34,9 +34,6 @@ from litrt.reads import ReadThreads
 from litrt.store import TensorInfo
 from litrt.trace import Segment, Use
 
-_SMALL_READ_BYTES = 64 << 10
-"""Reads up to this size are all latency."""
-
 _URGENT = -1
 """Priority of a piece that an operator waits for; planned ones have the number of their load."""
 
@@ -116,6 +113,7 @@ class Pipeline:
         self._log = PassLog()
         self._ended_s: Any = 0.0
         self._counting = False
+        self._at_begin = (0, 0.0)  # of the pass: bytes read, and seconds of reading, before it
         self._timings: deque[tuple[int, float]] = deque(maxlen=4096)  # (bytes, seconds) of loads on demand
         self._reads: ReadThreads[Entry] = ReadThreads(loader, self._lock, n_threads, self._read_done)
 
@@ -344,6 +342,7 @@ class Pipeline:
             self._take_stalls()
             self._log = PassLog(began_s=self._device.mark())
             self._counting = counting
+            self._at_begin = (self.counters.read_bytes, self._reads.busy_s)
             self._loader.begin_pass(counting=counting)
             if self._follower is not None:
                 self._follower.begin_pass()
@@ -392,13 +391,18 @@ class Pipeline:
     def measured(self) -> tuple[float, float]:
         """Returns the bytes per second that the store has delivered on demand, and the seconds of a small read."""
         with self._lock:
-            small = sorted(seconds for n_bytes, seconds in self._timings if n_bytes <= _SMALL_READ_BYTES)
-            timed = [timing for timing in self._timings if timing[0] > _SMALL_READ_BYTES] or list(self._timings)
-        latency_s = small[len(small) // 2] if small else 0.0
+            timed = list(self._timings)
+            latency_s = self._reads.latency_s
         total_bytes = sum(n_bytes for n_bytes, _ in timed)
         # At least half of the time counts as transfer, however few bytes there were to measure with.
         total_s = sum(max(seconds - latency_s, seconds / 2) for _, seconds in timed)
         return max(total_bytes / max(total_s, 1e-9), 1.0), latency_s
+
+    def delivered(self) -> tuple[int, float]:
+        """Returns the bytes read since the pass began, and the seconds in which something was being read."""
+        with self._lock:
+            n_bytes, busy_s = self._at_begin
+            return self.counters.read_bytes - n_bytes, self._reads.busy_s - busy_s
 
     @property
     def resident_bytes(self) -> int:

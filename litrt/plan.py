@@ -37,11 +37,12 @@ class Plan:
         streamed_bytes: Bytes of weights that a steady pass reads, those of `tables` included.
         tables: Segments of which rows are gathered, piece by piece, and never the whole is held.
         gathered_bytes: What that read in the warm-up; other rows can take more or less.
+        uses: What it was made for.
         compute_s: Seconds of a pass that never waits.
         pass_s: Predicted seconds of a steady pass.
         bound_s: Seconds that no schedule can beat.
         bound_bytes: Bytes per pass that no schedule can beat.
-        bandwidth_bps: Bytes per second of the store, measured in warm-up.
+        bandwidth_bps: Bytes per second of the store: measured in warm-up, and again in passes that follow the plan.
         latency_s: Seconds that a read costs beside its bytes.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     latency_s: float = 0.0
     tables: tuple[int, ...] = field(default=(), repr=False)
     gathered_bytes: int = 0
+    uses: tuple[Use, ...] = field(default=(), repr=False)
 
     @property
     def resident_bytes(self) -> int:
@@ -187,6 +189,53 @@ def replan(plan: Plan, uses: Sequence[Use]) -> Plan:
     return _with_loads(plan, trace, placed if placed is not None else step_by_step(trace, streamed))
 
 
+def measured_again(plan: Plan, uses: Sequence[Use], bandwidth_bps: float) -> Plan:
+    """Returns `plan` with the seconds of a pass that followed it: what it does is the same, what it predicts is new.
+
+    Reading takes processors and memory from computing, and the other way round: neither is as fast as it was in the
+    warm-up, where they took turns.
+
+    Args:
+        plan: What was followed.
+        uses: What the pass used of what streams.
+        bandwidth_bps: Bytes per second while something was being read.
+    """
+    trace = Trace(plan.segments, tuple(uses), bandwidth_bps)
+    steps, _ = streamed_steps(trace, frozenset(load.segment for load in plan.loads))
+    if [step.segments for step in steps] != [step.segments for step in plan.steps]:
+        return plan  # it did something else
+    schedule = Schedule(tuple(steps), plan.loads, plan.streamed_bytes)
+    return replace(
+        _bounded(plan, replace(trace, uses=_slowed(plan, steps))),
+        uses=plan.uses,
+        steps=schedule.steps,
+        compute_s=trace.compute_s,
+        pass_s=pass_s(trace, schedule),
+        bandwidth_bps=bandwidth_bps,
+        latency_s=0.0,
+        tables=plan.tables,
+        gathered_bytes=plan.gathered_bytes,
+    )
+
+
+def _slowed(plan: Plan, steps: Sequence[Step]) -> tuple[Use, ...]:
+    """Returns the uses of `plan` with the seconds of measured `steps`.
+
+    Of what stays nothing was measured: with the step before it, it has slowed down alike.
+    """
+    streamed = {load.segment for load in plan.loads}
+    uses = list(plan.uses)
+    starts = [number for number, use in enumerate(uses) if not streamed.isdisjoint(use.segments)]
+    for start, end, step in zip(starts, [*starts[1:], starts[0] + len(uses)], steps, strict=True):
+        members = [number % len(uses) for number in range(start, end)]
+        before_s = sum(plan.uses[number].compute_s for number in members)
+        for number in members:
+            share = plan.uses[number].compute_s / before_s if before_s else 1 / len(members)
+            uses[number] = replace(uses[number], compute_s=step.compute_s * share)
+        uses[start] = replace(uses[start], held_s=step.held_s)
+    return tuple(uses)
+
+
 def _bounded(plan: Plan, trace: Trace) -> Plan:
     """Returns `plan` with what `trace` says of a pass: its compute, its bounds and its tables."""
     sizes, seconds = groups(trace)
@@ -196,6 +245,7 @@ def _bounded(plan: Plan, trace: Trace) -> Plan:
     bound_bps = trace.bandwidth_bps / moved_share
     return replace(
         plan,
+        uses=trace.uses,
         compute_s=trace.compute_s,
         bound_s=float(min_pass_s(sizes, seconds, plan.budget_bytes, bound_bps)) if len(sizes) else 0.0,
         bound_bytes=int(min_streamed_bytes(sizes, plan.budget_bytes) * moved_share) if len(sizes) else 0,

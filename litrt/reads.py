@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import heapq
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -11,6 +13,12 @@ from litrt.device import Event, Memory
 from litrt.loader import Loader
 
 T = TypeVar("T")
+
+_SMALL_BYTES = 64 << 10
+"""Pieces up to this size are all latency."""
+
+_N_SMALL = 1024
+"""Of how many of these the seconds are kept."""
 
 
 class ReadThreads(Generic[T]):
@@ -34,6 +42,10 @@ class ReadThreads(Generic[T]):
         self._work = threading.Condition(lock)
         self._queue: list[tuple[int, int, T, Any, Memory, Sequence[Event]]] = []
         self._n_queued = 0
+        self._n_loading = 0
+        self._loading_since_s = 0.0
+        self._busy_s = 0.0
+        self._small_s: deque[float] = deque(maxlen=_N_SMALL)
         self._closed = False
         self._threads = [
             threading.Thread(target=self._run, name=f"litrt-read-{number}", daemon=True) for number in range(n_threads)
@@ -61,6 +73,10 @@ class ReadThreads(Generic[T]):
                 if self._closed:
                     return
                 _, _, token, piece, memory, waits = heapq.heappop(self._queue)
+                began_s = time.perf_counter()
+                if not self._n_loading:
+                    self._loading_since_s = began_s
+                self._n_loading += 1
             error: BaseException | None = None
             try:
                 self._loader.load(piece, memory, waits)
@@ -69,8 +85,26 @@ class ReadThreads(Generic[T]):
                 error = raised.with_traceback(None)
             del memory, waits
             with self._lock:
+                ended_s = time.perf_counter()
+                self._n_loading -= 1
+                if not self._n_loading:
+                    self._busy_s += ended_s - self._loading_since_s
+                if piece.nbytes <= _SMALL_BYTES:
+                    self._small_s.append(ended_s - began_s)
                 self._done(token, error)
                 del token, error
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which something was being loaded, so far."""
+        with self._lock:
+            return self._busy_s + (time.perf_counter() - self._loading_since_s if self._n_loading else 0.0)
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds that a small piece took lately, the median; 0 where there was none."""
+        with self._lock:
+            return sorted(self._small_s)[len(self._small_s) // 2] if self._small_s else 0.0
 
     def close(self) -> None:
         """Drops what is queued, waits for the reads under way, and ends the threads."""

@@ -278,7 +278,7 @@ def water_fill(sizes: Array, hidden_bytes: Array, budget_bytes: float) -> Array 
 
     m is the window that the streamed bytes go through; None where no m satisfies it.
     """
-    # sum(y) - m is piecewise linear in m: each use begins to stream at its `hidden_bytes`, and streams all `sizes` later.
+    # sum(y) - m is piecewise linear in m: a use begins to stream at its `hidden_bytes`, and streams all `sizes` later.
     bends = np.concatenate([hidden_bytes, hidden_bytes + sizes])
     order = np.argsort(bends, kind="stable")
     bends = np.concatenate([[0.0], bends[order]])

@@ -23,7 +23,7 @@ from litrt.frames import wrap_fused
 from litrt.link import HostTier, Link
 from litrt.loader import StoreLoader
 from litrt.pipeline import Pipeline
-from litrt.plan import Plan, Policy, make_plan, replan
+from litrt.plan import Plan, Policy, make_plan, measured_again, replan
 from litrt.reader import Reader
 from litrt.residents import Residents
 from litrt.skeleton import build, furnish, match, slots, tables
@@ -37,6 +37,9 @@ _WARMUP_SHARE = 0.5
 
 _RESERVE_BYTES = 512 << 20
 """Memory of a device that a budget of "auto" leaves free, beside the activations of the warm-up."""
+
+_N_MEASURED = 3
+"""Passes that follow a plan and are measured for its predictions."""
 
 _QUICK_S = 1.0
 """Warm-up passes of less than this are run again."""
@@ -136,6 +139,7 @@ class Runtime:
         self._plan: Plan | None = None
         self._n_passes = 0
         self._last_uses: list[Use] = []
+        self._n_measured = 0
         self._recording = False
         self._pass_lock = threading.RLock()
         self._in_pass = False
@@ -309,6 +313,7 @@ class Runtime:
             self._reconsider(self._pipeline.uses())
         else:
             self._last_uses = []
+            self._measure_again()
         return result
 
     def _make_plan(self, uses: list[Use]) -> None:
@@ -334,6 +339,7 @@ class Runtime:
 
     def _follow(self, plan: Plan) -> None:
         self._plan = plan
+        self._n_measured = 0
         self._pipeline.start(plan)
         self._residents.settle(plan.resident)
         if (
@@ -342,6 +348,15 @@ class Runtime:
             and self._unhook is not None
         ):
             self._unhook()
+
+    def _measure_again(self) -> None:
+        """Lets the plan predict with what the first passes that follow it have measured."""
+        if self._plan is None or not self._plan.loads or self._n_measured >= _N_MEASURED or not self._device.is_host:
+            return
+        self._n_measured += 1
+        n_bytes, busy_s = self._pipeline.delivered()
+        if n_bytes and busy_s:
+            self._plan = measured_again(self._plan, self._pipeline.uses(), n_bytes / busy_s)
 
     def _reconsider(self, uses: list[Use]) -> None:
         """Plans anew what streams, once two passes in a row have strayed from the plan in the same way."""

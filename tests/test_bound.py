@@ -157,6 +157,37 @@ def test_no_simulated_schedule_beats_the_bound(trace: Trace, data: st.DataObject
     assert schedule.streamed_bytes >= min_streamed_bytes(sizes, budget_bytes) * (1 - NEAR)
 
 
+@given(traces(), st.data())
+@settings(max_examples=250)
+def test_no_schedule_beats_the_bound_where_uses_are_done_before_the_next_begins(
+    trace: Trace, data: st.DataObject
+) -> None:
+    shares = data.draw(st.lists(st.sampled_from([None, 0.0, 0.3, 1.0]), min_size=12, max_size=12), label="shares")
+    uses = [
+        replace(use, held_s=None if share is None else share * use.compute_s)
+        for use, share in zip(trace.uses, shares, strict=False)
+    ]
+    trace = replace(trace, uses=(*uses, *trace.uses[len(uses) :]))
+    streamed = frozenset(data.draw(st.sets(st.sampled_from(trace.used)), label="streamed"))
+    window_bytes = data.draw(st.integers(0, trace.used_bytes), label="window_bytes")
+    schedule = make_schedule(trace, streamed, window_bytes)
+    if schedule is None:
+        return
+    budget_bytes = window_bytes + sum(trace.segments[i].size_bytes for i in trace.used if i not in streamed)
+    assert pass_s(trace, schedule) >= min_pass_s(*groups(trace), budget_bytes, trace.bandwidth_bps) * (1 - NEAR)
+
+
+def test_what_is_computed_after_a_use_is_done_needs_no_memory() -> None:
+    # The other group arrives in the 2 seconds in which nothing is held: 20 bytes at most.
+    trace = chain([100, 100], 3.0, bandwidth_bps=10.0)
+    trace = replace(trace, uses=tuple(replace(use, held_s=1.0) for use in trace.uses))
+    sizes, compute_s = groups(trace)
+    assert (list(sizes), list(compute_s)) == ([100, 0, 100, 0], [1, 2, 1, 2])
+    schedule = make_schedule(trace, frozenset({0, 1}), 100)
+    assert schedule is not None
+    assert pass_s(trace, schedule) == min_pass_s(sizes, compute_s, 100, 10.0) == 22
+
+
 def test_the_bound_is_reached_where_sizes_allow() -> None:
     # Two equal groups of which one fits beside nothing: both are loaded in turn, and nothing can be ahead.
     trace = chain([100, 100], 3.0, bandwidth_bps=10.0)

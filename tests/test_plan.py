@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from traces import chain, execute, steady_pass_s, traces
 
 from litrt.bound import groups, min_pass_s, min_streamed_bytes
-from litrt.plan import Plan, make_plan, replan
+from litrt.plan import Plan, make_plan, measured_again, replan
 from litrt.trace import Segment, Trace, Use
 
 N_PASSES = 4
@@ -310,6 +310,25 @@ def test_replanning_for_nothing_streams_nothing() -> None:
     again = replan(plan, [])
     assert (again.loads, again.steps, again.streamed_bytes) == ((), (), 0)
     assert again.resident == plan.resident
+
+
+def test_a_plan_predicts_with_what_a_pass_that_followed_it_has_measured() -> None:
+    trace = chain([100] * 12, 1.0, bandwidth_bps=50.0)
+    plan = make_plan(trace, 500)
+    uses = [Use(step.segments, step.compute_s * 1.5) for step in plan.steps]
+    again = measured_again(plan, uses, 80.0)
+    assert (again.loads, again.resident, again.streamed_bytes) == (plan.loads, plan.resident, plan.streamed_bytes)
+    assert again.compute_s == pytest.approx(1.5 * plan.compute_s)
+    assert again.bandwidth_bps == 80.0
+    slowed = replace(trace, uses=tuple(replace(use, compute_s=1.5) for use in trace.uses), bandwidth_bps=80.0)
+    assert again.pass_s == pytest.approx(steady_pass_s(slowed, plan.resident, again), rel=1e-9)
+    assert again.bound_s == pytest.approx(make_plan(slowed, 500).bound_s)
+    assert measured_again(again, uses, 80.0) == again
+
+
+def test_a_pass_that_did_something_else_says_nothing_about_a_plan() -> None:
+    plan = make_plan(chain([100] * 12, 1.0, bandwidth_bps=50.0), 500)
+    assert measured_again(plan, [Use(step.segments, 1.0) for step in plan.steps[1:]], 80.0) == plan
 
 
 def test_a_plan_says_who_stays_what_streams_and_what_it_waits_for() -> None:
