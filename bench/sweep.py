@@ -6,14 +6,15 @@
 
 Every cell is a process of its own, and cells take turns, round by round. Before each, the disk is measured with direct
 reads. What a cell returns is compared, bit for bit, with what the plain model does. With --limit (which needs root), a
-cell runs in a memory control group that counts the page cache; the plain model, and budgets of more than 80 % of the
-limit, run without. Raw samples are appended to the file that --out names as they come.
+cell runs in a memory control group that counts the page cache; the plain model, and budgets that leave less than
+0.75 GB of the limit, run without. Raw samples are appended to the file that --out names as they come.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -37,8 +38,8 @@ from litrt.trace import Trace
 from litrt.units import format_bytes, parse_bytes
 
 ROOT = Path(__file__).parent.parent
-LIMITED_SHARE = 0.8
-"""Share of the limit up to which a budget leaves room for torch and for activations."""
+_OVERHEAD_BYTES = 750_000_000
+"""Memory that Python, torch, transformers and activations need beside a budget."""
 
 _SPARE_BYTES = 2_000_000_000
 """Memory that the plain model needs beside its weights."""
@@ -146,7 +147,7 @@ class Sweep:
         if self._limit_bytes is None or budget == "auto":
             return False
         budget_bytes = 0 if budget == "min" else parse_bytes(budget, of_bytes=self._model_bytes)
-        return budget_bytes <= LIMITED_SHARE * self._limit_bytes
+        return budget_bytes + _OVERHEAD_BYTES <= self._limit_bytes
 
     def _plain(self) -> Entry:
         fits = psutil.virtual_memory().available >= self._model_bytes + _SPARE_BYTES
@@ -169,10 +170,12 @@ class Sweep:
         )
 
     def _measure(self, entry: Entry, number: int) -> None:
+        load = os.getloadavg()[0]
         if self._drops:
             machine.drop_page_cache()
         disk_bps = machine.read_bps(self._data.safetensors, self._arguments.threads or machine.N_THREADS)
-        cell: dict[str, Any] = {**entry.label, "round": number, "limited": entry.limited, "disk_bps": disk_bps}
+        cell: dict[str, Any] = {**entry.label, "round": number, "limited": entry.limited, "load": load}
+        cell["disk_bps"] = disk_bps
         self._finish(cell | self._started(entry))
 
     def _started(self, entry: Entry) -> dict[str, Any]:
