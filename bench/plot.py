@@ -156,6 +156,8 @@ def draw(pictures: Sequence[Picture], path: Path) -> None:
 def _draw_panel(axes: Any, picture: Picture) -> None:
     medians = [spread.median_s for curve in picture.curves for _, spread in curve.points]
     every = [*medians, *(s for _, s in picture.bound), *(s for _, s in picture.levels)]
+    if not every:
+        raise ValueError(f"nothing to draw: {picture.title}")
     low, high = min(every) / 1.6, max(every) * 1.25
     axes.set_yscale("log")
     axes.set_ylim(low, high)

@@ -45,8 +45,11 @@ def _unit(samples: Samples) -> str:
 
 def peers(samples: Samples, budget: str | None = None) -> str:
     """Returns the medians of all systems beside each other, at one budget, as a table in Markdown."""
-    if budget is None:
+    if budget is None and samples.budgets:
         budget = samples.budgets[0]
+    if budget is not None and budget not in samples.budgets:
+        worked = ", ".join(samples.budgets) or "none"
+        raise ValueError(f"no cell of litrt worked with a budget of {budget!r}; these did: {worked}")
     lines = [
         f"| system | seconds per {_unit(samples)} | largest resident set | values |",
         "|---|---|---|---|",
@@ -68,7 +71,7 @@ def peers(samples: Samples, budget: str | None = None) -> str:
             lines.append(f"| {name} | {_shown(spread)} | {memory} | {values} |")
     for system, why in failures(samples).items():
         lines.append(f"| {PEERS[system].title} | {why} | | |")
-    bound_s = samples.bound_s(samples.budget_bytes(budget))
+    bound_s = samples.bound_s(samples.budget_bytes(budget)) if budget is not None else None
     if bound_s is not None:
         disk = f", a disk of {samples.disk_bps / 1e9:.2f} GB/s" if samples.disk_bps else ""
         lines.append(f"| bound: a budget of {budget}{disk} | {seconds(bound_s)} | | |")
@@ -88,6 +91,8 @@ def failures(samples: Samples) -> dict[str, str]:
 def budgets(samples: Samples) -> str:
     """Returns litrt at every budget, with every policy, against the bound, as a table in Markdown."""
     names = ["litrt" if policy == "belady" else policy.upper() for policy in samples.policies]
+    if not names:
+        return "no cell of litrt"
     first = samples.policies[0]
     heads = ["budget", *(f"{name}, s" for name in names), "bound, s", f"{names[0]} / bound", "predicted / measured"]
     heads.append(f"read per {_unit(samples)}")

@@ -155,6 +155,17 @@ def test_tables_and_the_bound_come_from_the_samples(swept: tuple[Path, str, int]
     assert "no_such_package is not installed" in table
 
 
+def test_a_sweep_in_which_litrt_never_worked_has_a_table(swept: tuple[Path, str, int], tmp_path: Path) -> None:
+    lines = [line for line in swept[0].read_text().splitlines() if '"budget_bytes"' not in line]
+    (tmp_path / "none.jsonl").write_text("\n".join(lines))
+    samples = read(tmp_path / "none.jsonl")
+    assert samples.budgets == []
+    assert peers_table(samples).count("bit-identical") == 2
+    assert len(budgets_table(samples).splitlines()) == 2
+    with pytest.raises(ValueError, match=r"no cell of litrt worked with a budget of '50%'; these did: none"):
+        peers_table(samples, "50%")
+
+
 def test_a_wrong_result_is_seen(swept: tuple[Path, str, int], tmp_path: Path, capsys: Any) -> None:
     spec = ModelSpec(**{k: v for k, v in read(swept[0]).header["model"].items() if k not in ("name", "bytes")})
     arguments = sweep.parse([*SIZES, "--out", "-"])
