@@ -34,6 +34,7 @@ from bench.models import LANGUAGE, NAMES, add_model_arguments, spec_of
 from bench.peers import PEERS
 from bench.traces import from_json, same_uses
 from bench.workload import MODES
+from litrt.errors import BudgetError
 from litrt.trace import Trace
 from litrt.units import format_bytes, parse_bytes
 
@@ -284,6 +285,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         for value in getattr(arguments, name):
             if value not in known:
                 parser.error(f"--{name}: {value!r} is none of {', '.join(known)}")
+    for budget in arguments.budgets:
+        if budget not in ("min", "auto"):
+            try:
+                parse_bytes(budget, of_bytes=10**9)
+            except BudgetError as error:
+                parser.error(f"--budgets: {error}")
     if arguments.mode != "pass" and arguments.model not in LANGUAGE:
         parser.error(f"--mode {arguments.mode} needs one of {', '.join(LANGUAGE)}")
     return arguments

@@ -193,6 +193,21 @@ def test_the_picture_of_a_sweep_has_a_point_for_every_budget(swept: tuple[Path, 
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budgets", "50x"], "--budgets: cannot read budget '50x'"),
+        (["--peers", "airllm"], "--peers: 'airllm' is none of pytorch-lit, accelerate, safetensors-mmap, plain"),
+        (["--policies", "fifo"], "--policies: 'fifo' is none of belady, lru"),
+        (["--model", "vit", "--mode", "decode"], "--mode decode needs one of gptj, llama, moe"),
+    ],
+)
+def test_what_cannot_be_swept_is_said_before_anything_is_made(options: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        sweep.parse([*options, "--out", "-"])
+    assert message in capsys.readouterr().err
+
+
 # Models and what is timed.
 
 
