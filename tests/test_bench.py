@@ -33,6 +33,8 @@ from litrt.plan import make_plan
 from litrt.policy import lru_streamed_bytes
 from litrt.trace import Segment, Trace, Use
 
+pytestmark = pytest.mark.timeout(900)  # the sweep starts eight processes, each of which imports transformers
+
 ROOT = Path(__file__).parent.parent
 SIZES = ["--layers", "3", "--width", "64", "--heads", "4", "--vocabulary", "500"]
 
