@@ -48,7 +48,8 @@ class Block(nn.Module):
         y = self.norm(x)
         q, k, v = (part(y).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        return x + self.out(attended) + self.fc_out(F.gelu(self.fc_in(y), approximate="tanh"))
+        inner: torch.Tensor = self.fc_out(F.gelu(self.fc_in(y), approximate="tanh"))
+        return x.add(self.out(attended)).add(inner)
 
 
 class Model(nn.Module):
@@ -65,7 +66,8 @@ class Model(nn.Module):
         x = self.words(ids)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x[:, -1:]))
+        logits: torch.Tensor = self.head(self.norm(x[:, -1:]))
+        return logits
 
 
 class Machine:
@@ -255,7 +257,7 @@ def bounds(report: dict[str, Any], cell: Cell) -> float:
         for other in report["results"]
         if other["system"] == "plain" and other["n_tokens"] == cell["n_tokens"]
     )
-    return max(plain_s, float(cell["bound_bytes"]) / float(cell["link_bps"]))
+    return max(float(plain_s), float(cell["bound_bytes"]) / float(cell["link_bps"]))
 
 
 def table(report: dict[str, Any]) -> str:

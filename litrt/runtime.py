@@ -137,6 +137,7 @@ class Runtime:
         self._settled = settled
         self._policy: Policy = policy
         self._plan: Plan | None = None
+        self._trace: Trace | None = None
         self._n_passes = 0
         self._last_uses: list[Use] = []
         self._n_measured = 0
@@ -224,6 +225,13 @@ class Runtime:
         if self._plan is None:
             raise LitrtError("there is no plan yet: call warmup(sample_input), or run one pass.")
         return self._plan
+
+    @property
+    def trace(self) -> Trace:
+        """What the warm-up recorded, for which the plan was made."""
+        if self._trace is None:
+            raise LitrtError("there is no trace yet: call warmup(sample_input), or run one pass.")
+        return self._trace
 
     def stats(self) -> Stats:
         """Returns what has happened so far."""
@@ -322,8 +330,8 @@ class Runtime:
         if isinstance(self._loader, Link):
             used_bytes = Trace(self._settled.segments, tuple(uses), 1.0).used_bytes
             bandwidth_bps, latency_s = self._loader.effective_bps(used_bytes, self._arena.limit_bytes), 0.0
-        trace = Trace(self._settled.segments, tuple(uses), bandwidth_bps, latency_s)
-        self._follow(make_plan(trace, self._arena.limit_bytes, policy=self._policy))
+        self._trace = Trace(self._settled.segments, tuple(uses), bandwidth_bps, latency_s)
+        self._follow(make_plan(self._trace, self._arena.limit_bytes, policy=self._policy))
 
     def _fit_arena(self) -> None:
         """Gives an arena that has grown on a device the size that it is to have, if nobody is in the way."""

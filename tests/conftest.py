@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,8 @@ from litrt.arena import POISON, Arena
 from litrt.device import Device
 
 MakeStore = Callable[..., Path]
+
+sys.path.append(str(Path(__file__).parent.parent))  # for `bench`, behind the litrt that is installed
 
 # The same examples in every run, so that a failure is one of the change at hand; --hypothesis-profile=search looks for
 # new ones.

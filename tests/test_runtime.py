@@ -161,7 +161,12 @@ def test_there_is_no_plan_before_a_pass_and_one_after_it(
     with litrt.Runtime(Net, path, budget=budget, policy=policy) as rt:
         with pytest.raises(litrt.LitrtError, match=r"no plan yet: call warmup\(sample_input\), or run one pass"):
             _ = rt.plan
+        with pytest.raises(litrt.LitrtError, match=r"no trace yet: call warmup\(sample_input\), or run one pass"):
+            _ = rt.trace
         assert torch.equal(rt(sample()), plain(sample()))  # no warm-up is needed
+        used = [rt.trace.segments[index].name for index in rt.trace.used]
+        assert used == [name for name, _ in plain.named_parameters()]
+        assert rt.plan.compute_s == rt.trace.compute_s
         assert isinstance(rt.plan, litrt.Plan)
         assert rt.plan.policy == policy
         assert rt.plan.budget_bytes <= rt.stats().budget_bytes

@@ -1,0 +1,1 @@
+"""Benchmarks of litrt: `python -m bench COMMAND` from the root of the repository."""
