@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from enum import Enum, auto
 
 from litrt.schedule import Load, Schedule, pass_s
 from litrt.trace import Segment, Trace
@@ -20,6 +21,18 @@ _NEVER = -(1 << 60)
 
 _MAX_BUNDLED = 16
 """Steps whose loads are put side by side, where they do not fit otherwise, before a layout is given up."""
+
+
+class Where(Enum):
+    """Which hole to take, of several."""
+
+    LOWEST = auto()
+    TIGHTEST = auto()
+    HIGHEST = auto()
+
+
+RULES = ((Where.LOWEST, Where.LOWEST), (Where.TIGHTEST, Where.TIGHTEST), (Where.LOWEST, Where.HIGHEST))
+"""Layouts that are tried: where every other load goes, from the first and from the second on."""
 
 
 class Skyline:
@@ -63,31 +76,28 @@ class Skyline:
         self.lows[first : last + 1] = lows
         self.free_after[first : last + 1] = after
 
-    def best_offset(self, size_bytes: int, align_bytes: int, not_before: int, tightest: bool) -> int | None:
-        """Returns where `size_bytes` can be loaded earliest: in the first hole that is free then, or the smallest."""
+    def best_offset(self, size_bytes: int, align_bytes: int, not_before: int, where: Where) -> int | None:
+        """Returns where `size_bytes` can be loaded earliest: in one of the holes that there are then."""
         after = not_before
         while True:
             best = best_bytes = -1
             low = -1  # where the hole begins that is being looked at
             following: int | None = None
-            for start, free_after in zip(self.lows, self.free_after, strict=True):
-                if free_after <= after:
+            for start, free_after in zip((*self.lows, self.height_bytes), (*self.free_after, None), strict=True):
+                if free_after is not None and free_after <= after:
                     if low < 0:
                         low = start
                     continue
-                if following is None or free_after < following:
+                if free_after is not None and (following is None or free_after < following):
                     following = free_after
                 if low >= 0:
-                    offset = low if align_bytes == 1 else align_up(low, align_bytes)
-                    if offset + size_bytes <= start and (best < 0 or start - low < best_bytes):
-                        best, best_bytes = offset, start - low
-                        if not tightest:
-                            return best
+                    offset = align_up(low, align_bytes)
+                    if offset + size_bytes <= start:
+                        if where is Where.HIGHEST:
+                            best = (start - size_bytes) // align_bytes * align_bytes
+                        elif best < 0 or (where is Where.TIGHTEST and start - low < best_bytes):
+                            best, best_bytes = offset, start - low
                     low = -1
-            if low >= 0:
-                offset = align_up(low, align_bytes)
-                if offset + size_bytes <= self.height_bytes and (best < 0 or self.height_bytes - low < best_bytes):
-                    return offset
             if best >= 0:
                 return best
             if following is None:
@@ -105,10 +115,10 @@ def lay_out(schedule: Schedule, segments: Sequence[Segment], height_bytes: int) 
 
     A load is issued no earlier than the schedule says, and later where its place is not free before.
     """
-    for tightest in (False, True):
+    for rule in RULES:
         bundled: set[int] = set()
         while len(bundled) <= _MAX_BUNDLED:
-            offsets, failed = _offsets(schedule, segments, height_bytes, tightest, bundled)
+            offsets, failed = _offsets(schedule, segments, height_bytes, rule, bundled)
             if offsets is not None:
                 yield _issued_when_free(schedule, segments, height_bytes, offsets)
             if failed is None or failed in bundled:
@@ -117,7 +127,7 @@ def lay_out(schedule: Schedule, segments: Sequence[Segment], height_bytes: int) 
 
 
 def _offsets(
-    schedule: Schedule, segments: Sequence[Segment], height_bytes: int, tightest: bool, bundled: set[int]
+    schedule: Schedule, segments: Sequence[Segment], height_bytes: int, rule: Sequence[Where], bundled: set[int]
 ) -> tuple[list[int] | None, int | None]:
     """Returns an offset for each load, or the step for which there was no room.
 
@@ -144,7 +154,7 @@ def _offsets(
                 beside = (load.first, offset + size_bytes)
             else:
                 earliest = max(issued_after, base + load.after)
-                offset = skyline.best_offset(size_bytes, segment.align_bytes, earliest, tightest)
+                offset = skyline.best_offset(size_bytes, segment.align_bytes, earliest, rule[number % 2])
             if offset is None or offset + size_bytes > height_bytes:
                 return None, load.first
             issued_after = max(issued_after, base + load.after, skyline.latest(offset, offset + size_bytes))

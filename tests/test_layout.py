@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traces import BrokenScheduleError, chain, execute, traces
 
-from litrt.layout import Skyline, align_up, best_layout, lay_out
+from litrt.layout import RULES, Skyline, Where, align_up, best_layout, lay_out
 from litrt.schedule import Load, Schedule, best_schedule, pass_s
 from litrt.trace import Trace
 
@@ -118,6 +118,11 @@ def test_an_odd_cycle_in_two_slots_waits_once_per_pass() -> None:
     assert sum(load.after > ideal.after for load, ideal in zip(placed.loads, schedule.loads, strict=True)) == 1
 
 
+def test_large_and_small_segments_take_turns_at_the_two_ends() -> None:
+    trace, schedule, placed = laid_out([60, 40, 55, 45, 70, 30, 50, 50], 100)
+    assert pass_s(trace, placed) == pass_s(trace, schedule)
+
+
 def test_loads_of_one_use_lie_side_by_side_where_nothing_else_fits() -> None:
     # What is there when 30 of the last use could be loaded lies in the middle of the window.
     trace = chain([40, 20, 40], 1.0)
@@ -152,7 +157,7 @@ def test_a_window_smaller_than_a_segment_has_no_layout() -> None:
 
 def test_nothing_needs_no_place() -> None:
     empty = Schedule((), (), 0)
-    assert [placed.loads for placed in lay_out(empty, (), 0)] == [(), ()]
+    assert [placed.loads for placed in lay_out(empty, (), 0)] == [()] * len(RULES)
 
 
 def test_equal_schedules_get_equal_layouts() -> None:
@@ -164,10 +169,10 @@ def test_equal_schedules_get_equal_layouts() -> None:
 @given(
     st.integers(1, 40),
     st.lists(st.tuples(st.integers(0, 39), st.integers(0, 12), st.integers(0, 30)), max_size=20),
-    st.tuples(st.integers(0, 12), st.sampled_from([1, 4]), st.integers(0, 30), st.booleans()),
+    st.tuples(st.integers(0, 12), st.sampled_from([1, 4]), st.integers(0, 30), st.sampled_from(Where)),
 )
 def test_a_skyline_says_what_an_array_of_addresses_says(
-    height_bytes: int, taken: list[tuple[int, int, int]], asked: tuple[int, int, int, bool]
+    height_bytes: int, taken: list[tuple[int, int, int]], asked: tuple[int, int, int, Where]
 ) -> None:
     skyline = Skyline(height_bytes)
     free_after = [-1] * height_bytes
@@ -177,22 +182,23 @@ def test_a_skyline_says_what_an_array_of_addresses_says(
             skyline.take(low, high, until)
             free_after[low:high] = [until] * (high - low)
             assert skyline.latest(low, high) == until
-    size_bytes, align_bytes, not_before, tightest = asked
+    size_bytes, align_bytes, not_before, where = asked
     for low in range(height_bytes):
         assert max(skyline.latest(low, low + 1), -1) == free_after[low]
     offsets = range(0, height_bytes - size_bytes + 1, align_bytes)
     earliest = min((max([not_before, *free_after[low : low + size_bytes]]) for low in offsets), default=None)
-    offset = skyline.best_offset(size_bytes, align_bytes, not_before, tightest)
+    offset = skyline.best_offset(size_bytes, align_bytes, not_before, where)
     if earliest is None or not size_bytes:
         assert offset is None or not size_bytes
         return
     assert offset is not None
     assert offset % align_bytes == 0
     assert max([not_before, *free_after[offset : offset + size_bytes]]) == earliest
-    if not tightest:
-        assert offset == min(
-            low for low in offsets if max([not_before, *free_after[low : low + size_bytes]]) == earliest
-        )
+    earliest_offsets = [low for low in offsets if max([not_before, *free_after[low : low + size_bytes]]) == earliest]
+    if where is Where.LOWEST:
+        assert offset == min(earliest_offsets)
+    if where is Where.HIGHEST:
+        assert offset == max(earliest_offsets)
 
 
 @pytest.mark.parametrize(("value", "aligned"), [(0, 0), (1, 16), (16, 16), (17, 32)])
