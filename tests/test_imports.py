@@ -20,6 +20,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "base": ("errors", "units"),
     "pure": ("trace", "stats", "cursor", "log", "bound", "policy", "schedule", "layout", "residency", "plan"),
     "edges": (
+        "blocks",
         "store",
         "reader",
         "checkpoint",
