@@ -34,8 +34,12 @@ def groups(trace: Trace) -> tuple[Array, Array]:
         seen.update(fresh)
         sizes.append(float(sum(trace.segments[index].nbytes for index in fresh if not trace.segments[index].is_slot)))
         # What a gather takes is reading, which a table in memory would spare: it bounds nothing.
-        compute_s = use.compute_s if use.table is None else 0.0
-        held_s = compute_s if use.held_s is None or use.n_spanned > 1 else min(use.held_s, compute_s)
+        compute_s = use.own_s
+        held_s = (
+            compute_s
+            if use.held_s is None or use.n_spanned > 1 or use.table is not None
+            else min(use.held_s, compute_s)
+        )
         seconds.append(held_s)
         if held_s < compute_s:
             sizes.append(0.0)

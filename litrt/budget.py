@@ -66,7 +66,7 @@ def settle(
         budget: As in `litrt.Runtime`.
         infos: The distinct weights of the model.
         scratch_bytes: What loads need beside the arena.
-        slot_bytes: Names of tables of which rows may be gathered, to the bytes of their largest piece.
+        slot_bytes: Names of tables of which rows may be gathered, to the bytes of what is there at once at least.
         stored: The weights as they are in the store, where some are served in another dtype.
         device: Where the arena is; by default in memory of the host.
 
@@ -76,8 +76,9 @@ def settle(
     total_bytes = sum(info.nbytes for info in infos)
     on_host = device is None or device.is_host
     segments = as_segments(infos, stored, None if on_host or device is None else device.align_bytes)
-    # Rows of a table come by way of the host, so that a device needs no room for them.
-    slot = slot_segment(slot_bytes.values()) if on_host else ()
+    # Rows of a matrix come by way of the host, so that a device needs no room for them.
+    stacks = {info.name for info in infos if len(info.shape) > 2}
+    slot = slot_segment(n_bytes for name, n_bytes in slot_bytes.items() if on_host or name in stacks)
     footprint_bytes = sum(segment.size_bytes for segment in segments)
     is_direct = all(info.direct for info in infos)
     if budget == "min":
@@ -97,7 +98,7 @@ def settle(
         # All fits, though not with every large weight on a page. Off a page, reads need no scratch.
         packed = as_segments(infos, stored, CACHE_LINE_BYTES)
         return Budget(budget_bytes, sum(segment.size_bytes for segment in packed), 0, packed)
-    # Of a table, no more than a piece may ever be needed at once.
+    # Of a table, no more than that may ever be needed at once.
     largest = max(
         (segment for segment in segments + slot if segment.name not in slot_bytes),
         key=lambda segment: segment.size_bytes,
@@ -143,9 +144,18 @@ def as_segments(
     return tuple(segments)
 
 
-def slot_segment(piece_bytes: Iterable[int]) -> tuple[Segment, ...]:
-    """Returns the room that pieces of those sizes pass through, or none where there are no pieces."""
-    size_bytes = align_up(max(piece_bytes, default=0), PAGE_BYTES)
+def part_bytes(stored: TensorInfo, served: TensorInfo) -> int:
+    """Returns the bytes of a table that are there at once at least: a block, and all of a row that is no vector."""
+    blocks = stored.readable
+    n_bytes = blocks.largest_bytes
+    if len(stored.shape) > 2:
+        n_bytes = min(-(-blocks.row_bytes // n_bytes) * n_bytes, stored.nbytes)
+    return max(n_bytes, n_bytes // stored.dtype.itemsize * served.dtype.itemsize)
+
+
+def slot_segment(least_bytes: Iterable[int]) -> tuple[Segment, ...]:
+    """Returns the room for rows of tables, of which those bytes are there at once, or none where there are none."""
+    size_bytes = align_up(max(least_bytes, default=0), PAGE_BYTES)
     return (Segment("(rows of tables)", size_bytes, size_bytes, PAGE_BYTES, is_slot=True),) if size_bytes else ()
 
 

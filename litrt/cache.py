@@ -39,12 +39,31 @@ class State(Enum):
     HELD = auto()  # a block that was released while a tensor over it lives
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a table.
+
+    Attributes:
+        index: The table.
+        ranges: Its elements, of whole blocks, sorted and apart; they lie side by side.
+    """
+
+    index: int
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def n_elements(self) -> int:
+        """How many they are."""
+        return sum(stop - start for start, stop in self.ranges)
+
+
 @dataclass(eq=False, slots=True)
 class Entry:
-    """All that is known of one segment while a runtime lives."""
+    """All that is known of one segment, or of a part of one, while a runtime lives."""
 
     segment: Segment
     info: TensorInfo
+    part: Part | None = None
     state: State = State.ABSENT
     block: Block | None = None
     tensor: torch.Tensor | None = None
@@ -70,7 +89,7 @@ class Entry:
 
 
 class Cache:
-    """The entries of all segments, and the arena that they share.
+    """The entries of all segments, behind them those of parts, and the arena that they share.
 
     Args:
         segments: What can be held.
@@ -97,6 +116,7 @@ class Cache:
         self.arena = arena
         self.scratch_bytes = scratch_bytes
         self.peak_bytes = 0
+        self.room: tuple[int, int] | None = None  # offset and size of what is kept free for parts
         self.evict_resident: Callable[[int], bool] = lambda _: False
         self._device = device
         self._growable = growable
@@ -190,6 +210,27 @@ class Cache:
             self.let_go(min(loose, key=lambda other: other.last_use))
         return True
 
+    def place_in_room(self, part: Entry, slot: Entry | None) -> bool:
+        """Gives a part the room that a plan has kept for it; says whether it could."""
+        if slot is not None and slot.block is not None and not slot.n_pins:
+            self.room = (slot.block.offset, slot.block.size_bytes)
+            self.free(slot)
+        if self.room is None:
+            return False
+        offset, end = self.room[0], sum(self.room)
+        for block in self.arena.in_the_way(*self.room):
+            other = next(other for other in self.entries if other.block is block)
+            if other.is_loose:
+                self.let_go(other)
+        # An operator may use several parts at once.
+        for block in self.arena.in_the_way(*self.room):
+            if offset + part.segment.size_bytes <= block.offset:
+                break
+            offset = max(offset, align_up(block.end, part.segment.align_bytes))
+        if offset + part.segment.size_bytes > end:
+            return False
+        return self._taken(part, self.arena.place_at(offset, part.segment.nbytes, part.segment.size_bytes))
+
     def place_now(self, absent: Sequence[Entry], together: Sequence[Entry], *, again: bool = True) -> list[Entry]:
         """Gives `absent` blocks at any cost, and returns them all.
 
@@ -265,7 +306,7 @@ class Cache:
 
     def _evict_one_resident(self) -> bool:
         for index, entry in enumerate(self.entries):
-            if entry.resident and not entry.n_pins and self.evict_resident(index):
+            if entry.resident and entry.block and not entry.n_pins and self.evict_resident(index):
                 entry.resident = False
                 self.let_go(entry)
                 return True

@@ -18,8 +18,10 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
+from litrt.blocks import Blocks, choose_block_rows, sums_of_chunk
 from litrt.checkpoint import Source, SourceLike, open_source
 from litrt.errors import StoreError
+from litrt.reader import extend_crc
 from litrt.store import (
     FORMAT,
     Store,
@@ -163,6 +165,7 @@ def _write_tensor(
         raise TypeError(f"{name!r} has dtype {dtype}, which litrt cannot store: convert it to another dtype first.")
     shape = tuple(tensor.shape)
     chunks = chunk_shape(shape, dtype.itemsize)
+    attributes = {"name": name, "torch_dtype": dtype_name(dtype)}
     array = group.create_array(
         node_name(name),
         shape=shape,
@@ -172,7 +175,7 @@ def _write_tensor(
         filters=None,
         serializer=BytesCodec(endian="little"),
         compressors=_codecs(compress, dtype.itemsize),
-        attributes={"litrt": {"name": name, "torch_dtype": dtype_name(dtype)}},
+        attributes={"litrt": attributes},
         # A chunk that is missing is an error, so that one of zeros has to be there.
         config={"write_empty_chunks": True},
     )
@@ -181,13 +184,21 @@ def _write_tensor(
         bar.add(dtype.itemsize)
     elif tensor.numel():
         axis = lead_axis(shape)
+        row_bytes = tensor.numel() // shape[axis] * dtype.itemsize
+        block_rows = choose_block_rows(row_bytes, chunks[axis]) if compress is None else None
+        sums: list[int] = []
         for first in range(0, shape[axis], chunks[axis]):
             rows = min(chunks[axis], shape[axis] - first)
             block = _values(name, tensor.narrow(axis, first, rows), dtype, stored)
             place: list[slice] = [slice(None)] * len(shape)
             place[axis] = slice(first, first + rows)
             array[tuple(place)] = block
+            if block_rows is not None:
+                sums += sums_of_chunk(block.reshape(-1).view(np.uint8), block_rows * row_bytes, extend_crc)
             bar.add(block.nbytes)
+        if block_rows is not None:
+            blocks = Blocks(shape[axis], row_bytes, chunks[axis], block_rows, np.array(sums, dtype=np.uint32))
+            array.update_attributes({"litrt": {**attributes, "blocks": blocks.attributes()}})
     source.release(tensor)
 
 

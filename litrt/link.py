@@ -15,11 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from litrt.arena import Arena
+from litrt.bindings import Binding, Counters
 from litrt.budget import as_segments, casts_some, slot_segment
 from litrt.device import Bytes, CpuDevice, Device, Event, Memory
 from litrt.errors import BudgetError
+from litrt.gather import Rows, rows_of
 from litrt.loader import StoreLoader
-from litrt.pipeline import Binding, Counters, Pipeline
+from litrt.pipeline import Pipeline
 from litrt.plan import Plan, make_plan, replan
 from litrt.ranges import named_range
 from litrt.reader import Reader
@@ -54,6 +56,7 @@ class HostTier:
         budget_bytes: Host memory to take, at most; what a single segment needs is taken in any case.
         n_threads: Threads that read.
         tables: Segments of which rows may be gathered.
+        slot_bytes: What of these is there at once at least.
 
     Call `open` before anything else.
     """
@@ -66,6 +69,7 @@ class HostTier:
         budget_bytes: int,
         n_threads: int,
         tables: Set[int],
+        slot_bytes: Iterable[int],
     ) -> None:
         self.budget_bytes = budget_bytes
         self.plan: Plan | None = None
@@ -75,7 +79,7 @@ class HostTier:
         self._n_threads = n_threads
         self._scratch_bytes = n_threads * reader.scratch_bytes_per_task
         self._tables = tables
-        self._slot = slot_segment([piece.nbytes for index in tables for piece in reader.pieces(infos[index].name)])
+        self._slot = slot_segment(slot_bytes)
         self._segments = as_segments(infos) + self._slot
         self._infos = [*infos, *(TensorInfo.of_bytes(slot.name, slot.nbytes) for slot in self._slot)]
         self._before = Counters()  # of the pipelines before this one
@@ -91,6 +95,9 @@ class HostTier:
         """Returns the room for the largest of `indices` twice: one is read while the other is copied."""
         sizes = (self._segments[index].size_bytes for index in indices if index not in self._gathered)
         return 2 * max(sizes, default=0) + sum(slot.size_bytes for slot in self._slot)
+
+    def _is_matrix(self, index: int) -> bool:
+        return len(self._infos[index].shape) == 2
 
     def _make(self, n_bytes: int) -> Pipeline:
         self.pinned_bytes = n_bytes
@@ -118,23 +125,41 @@ class HostTier:
         # What is not resident on the device may be asked for at any time, planned or not.
         others = [index for index, info in enumerate(self._infos) if index not in plan.resident and info.path]
         n_bytes = min(sum(size[index] for index in others), self.budget_bytes - self._scratch_bytes)
-        n_bytes = max(n_bytes, self._least_bytes(index for index in others if index not in plan.tables))
-        loaded = [load.segment for load in plan.loads]
+        n_bytes = max(
+            n_bytes,
+            self._least_bytes(index for index in others if index not in plan.tables or not self._is_matrix(index)),
+        )
+        copied = [
+            Use((load.segment,), self._infos[load.segment].nbytes / link_bps)
+            for load in plan.loads
+            if not plan.segments[load.segment].is_slot
+        ]
         whole = [index for index in plan.tables if size[index] <= n_bytes // 2]
-        uses = [Use((index,), 0.0) for index in whole]
-        uses += [Use((index,), self._infos[index].nbytes / link_bps) for index in loaded]
         if self.plan is not None and n_bytes == self.plan.budget_bytes:
             # The device streams something else of the same: what is here stays here.
-            made = replan(self.plan, [use for use in uses if use.segments[0] not in self.plan.resident])
+            stays = self.plan.resident
+            whole = [index for index in whole if index in stays]
+            uses = [use for use in self._room_for(plan, whole) + copied if use.segments[0] not in stays]
+            made = replan(self.plan, uses)
         else:
             disk_bps, latency_s = self._pipeline.measured()
             self._close_pipeline()
             self._pipeline = self._make(n_bytes)
-            if not uses:
-                return
-            made = make_plan(Trace(self._segments, tuple(uses), disk_bps, latency_s), n_bytes)
+            while True:
+                uses = [Use((index,), 0.0) for index in whole] + self._room_for(plan, whole) + copied
+                if not uses:
+                    return
+                made = make_plan(Trace(self._segments, tuple(uses), disk_bps, latency_s), n_bytes)
+                if all(index in made.resident for index in whole):
+                    break
+                whole = [index for index in whole if index in made.resident]  # all of it is never read for some rows
         self.plan = replace(made, tables=tuple(index for index in plan.tables if index not in whole))
         self._pipeline.start(self.plan)
+
+    def _room_for(self, plan: Plan, whole: Sequence[int]) -> list[Use]:
+        """Returns the use of the room for rows, where some of a table are read that does not stay whole."""
+        slots = [index for index, segment in enumerate(self._segments) if segment.is_slot]
+        return [Use((index,), 0.0) for index in slots if len(plan.tables) > len(whole)]
 
     def measured(self) -> tuple[float, float]:
         """Returns the bytes per second that the store has delivered, and the seconds of a small read."""
@@ -148,16 +173,21 @@ class HostTier:
         """Says that what `acquire` returned was copied."""
         self._pipeline.release(binding)
 
-    def gather(self, index: int, ids: torch.Tensor) -> torch.Tensor:
-        """Returns rows of a table."""
-        rows = self._pipeline.gather(index, ids)
-        if rows is None:
+    def acquire_rows(self, index: int, part: tuple[int, int]) -> Binding:
+        """Returns elements of a segment, or all of it, in host memory, which stay until `release`."""
+        binding = self._pipeline.acquire_rows(index, [part])
+        return self.acquire(index) if binding is None else binding
+
+    def gather(self, index: int, rows: Rows) -> torch.Tensor:
+        """Returns rows of a table, one after the other."""
+        taken = self._pipeline.gather(index, rows)
+        if taken is None:
             binding = self.acquire(index)
             try:
-                rows = torch.nn.functional.embedding(ids, binding.tensors[0])
+                taken = rows_of(binding.tensors[0], rows)
             finally:
                 self.release(binding)
-        return rows
+        return taken
 
     def begin_pass(self, *, counting: bool) -> None:
         """Marks the start of a pass of the model. Copies for it may have begun long before."""
@@ -180,12 +210,21 @@ class HostTier:
 
 @dataclass(frozen=True, slots=True)
 class CopyPiece:
-    """The part of a segment that is copied at once: bytes as they are stored."""
+    """The part of a segment that is copied at once: bytes as they are stored.
+
+    Attributes:
+        index: The segment.
+        offset: Its first byte in what is loaded.
+        nbytes: Its bytes.
+        is_last: Whether it is the last one of that.
+        part: The elements that are loaded, where these are not all.
+    """
 
     index: int
     offset: int
     nbytes: int
     is_last: bool
+    part: tuple[int, int] | None = None
 
 
 class Link:
@@ -208,7 +247,7 @@ class Link:
         self._stored = stored
         self._served = served
         self._index = {info.name: index for index, info in enumerate(served)}
-        self._bindings: dict[int, Binding] = {}  # of segments of which some pieces are still to be copied
+        self._bindings: dict[tuple[int, tuple[int, int] | None], Binding] = {}  # of which some pieces are to be copied
         self._in_flight: deque[tuple[Event | None, int, Binding | None]] = deque()
         self._in_flight_bytes = 0
         casts = casts_some(served, stored)
@@ -218,27 +257,32 @@ class Link:
 
     def pieces(self, info: TensorInfo) -> Sequence[CopyPiece]:
         """Returns what to copy of a segment, in order."""
-        index = self._index[info.name]
-        nbytes = self._stored[index].nbytes
-        return [
-            CopyPiece(index, offset, min(COPY_BYTES, nbytes - offset), offset + COPY_BYTES >= nbytes)
-            for offset in range(0, nbytes, COPY_BYTES)
-        ]
+        return _copies(self._index[info.name], self.stored(info).nbytes)
+
+    def stored(self, info: TensorInfo) -> TensorInfo:
+        """Returns a segment as the store has it."""
+        return self._stored[self._index[info.name]]
+
+    def part_pieces(self, info: TensorInfo, ranges: Sequence[tuple[int, int]]) -> Sequence[CopyPiece]:
+        """Returns what to copy of the elements of a segment; one range."""
+        [(start, stop)] = ranges
+        return _copies(self._index[info.name], (stop - start) * self.stored(info).dtype.itemsize, (start, stop))
 
     def load(self, piece: CopyPiece, memory: Memory, waits: Sequence[Event]) -> None:
         """Queues the copy of a piece, once there is little else under way."""
         self._wait_until(_IN_FLIGHT_BYTES - piece.nbytes)
-        binding = self._bindings.get(piece.index)
+        key = piece.index, piece.part
+        binding = self._bindings.get(key)
         if binding is None:
-            binding = self._bindings[piece.index] = self._acquire(piece.index)
+            binding = self._bindings[key] = self._acquire(piece)
         event: Event | None = None
         try:
             with named_range("copy", [self._stored[piece.index].name]):
-                self._copy(piece, memory, _bytes(binding.tensors[0]), waits)
+                self._copy(piece, memory, self._values(piece, binding), waits)
             event = self._device.record_copy()
         finally:
             if piece.is_last:
-                del self._bindings[piece.index]
+                del self._bindings[key]
             self._in_flight.append((event, piece.nbytes, binding if piece.is_last else None))
             self._in_flight_bytes += piece.nbytes
 
@@ -254,16 +298,30 @@ class Link:
         part = memory[stored.served(piece.offset, piece.nbytes, served)]
         self._device.cast(part, served, scratch, stored.dtype, waits)
 
-    def _acquire(self, index: int) -> Binding:
+    def _values(self, piece: CopyPiece, binding: Binding) -> torch.Tensor:
+        """Returns the bytes that the offsets of `piece` count from."""
+        values = _bytes(binding.tensors[0])
+        if piece.part is None:
+            return values
+        return values[
+            (piece.part[0] - (binding.ranges or ((0, 0),))[0][0]) * self._stored[piece.index].dtype.itemsize :
+        ]
+
+    def _acquire(self, piece: CopyPiece) -> Binding:
         try:
-            return self._host.acquire(index)
+            return self._acquire_now(piece)
         except BudgetError:
             # Others are in the way: those on their way, and those that this one overtook, which are read again.
             self._wait_until(0)
             for binding in self._bindings.values():
                 self._host.release(binding)
             self._bindings.clear()
-            return self._host.acquire(index)
+            return self._acquire_now(piece)
+
+    def _acquire_now(self, piece: CopyPiece) -> Binding:
+        if piece.part is None:
+            return self._host.acquire(piece.index)
+        return self._host.acquire_rows(piece.index, piece.part)
 
     def _wait_until(self, n_bytes: int) -> None:
         """Waits until no more than `n_bytes` of copies are under way, and lets go of what has been copied."""
@@ -279,15 +337,9 @@ class Link:
             if binding is not None:
                 self._host.release(binding)
 
-    def gather(
-        self, index: int, info: TensorInfo, ids: torch.Tensor, slot: torch.Tensor | None
-    ) -> tuple[torch.Tensor, int]:
-        """Gathers rows on the host, which has to know `ids` for that: it waits for the device.
-
-        The bytes that it returns are those of the rows, which cross the link; what was read for them, the tier counts.
-        """
-        rows = self._host.gather(index, ids.cpu()).to(info.dtype)
-        return rows, rows.nbytes
+    def gather(self, index: int, rows: Rows) -> torch.Tensor:
+        """Gathers rows on the host; what is read for them, the tier counts."""
+        return self._host.gather(index, rows)
 
     def follow(self, plan: Plan | None) -> None:
         """Makes the host tier plan for `plan`; nothing is being loaded."""
@@ -319,6 +371,13 @@ class Link:
         self._in_flight.clear()
         self._host.close()
         self._scratch = None
+
+
+def _copies(index: int, nbytes: int, part: tuple[int, int] | None = None) -> list[CopyPiece]:
+    return [
+        CopyPiece(index, offset, min(COPY_BYTES, nbytes - offset), offset + COPY_BYTES >= nbytes, part)
+        for offset in range(0, nbytes, COPY_BYTES)
+    ]
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from litrt.blockreads import Run, read_run, runs
 from litrt.device import Bytes, Event, Memory, cast_bytes
-from litrt.gather import gather_rows
+from litrt.gather import Rows
 from litrt.plan import Plan
 from litrt.ranges import named_range
 from litrt.reader import Reader
@@ -29,10 +30,16 @@ class Loader(Protocol):
         """Loads a piece into the `memory` of its segment, or queues that on the device, behind `waits`."""
         ...
 
-    def gather(
-        self, index: int, info: TensorInfo, ids: torch.Tensor, slot: torch.Tensor | None
-    ) -> tuple[torch.Tensor, int]:
-        """Returns rows of a table, and the bytes read for them; pieces pass through `slot`, uint8."""
+    def stored(self, info: TensorInfo) -> TensorInfo:
+        """Returns a segment as the store has it."""
+        ...
+
+    def part_pieces(self, info: TensorInfo, ranges: Sequence[tuple[int, int]]) -> Sequence[Any]:
+        """Returns what to load of ranges of a segment's elements, of whole blocks, to have them side by side."""
+        ...
+
+    def gather(self, index: int, rows: Rows) -> torch.Tensor:
+        """Returns rows of a segment in memory of the host, where the arena is not that."""
         ...
 
     def follow(self, plan: Plan | None) -> None:
@@ -78,13 +85,17 @@ class StoreLoader:
 
     def _load(self, piece: Any, memory: Memory) -> None:
         served = self._casts.get(piece.name)
+        start, read = (piece.dest, self._read_run) if isinstance(piece, Run) else (piece.offset, self._reader.read_part)
         if served is None:
-            self._reader.read(piece, memory)
+            read(piece, memory[start : start + piece.nbytes])
             return
         info = self._reader.store[piece.name]
         part = self._memory()[: piece.nbytes]
-        self._reader.read_part(piece, part)
-        cast_bytes(memory[info.served(piece.offset, piece.nbytes, served)], served, part, info.dtype)
+        read(piece, part)
+        cast_bytes(memory[info.served(start, piece.nbytes, served)], served, part, info.dtype)
+
+    def _read_run(self, run: Run, part: Bytes) -> None:
+        read_run(self._reader, run, part)
 
     def _memory(self) -> Bytes:
         """Returns this thread's scratch, on a page."""
@@ -94,14 +105,18 @@ class StoreLoader:
             self._scratch.memory = memory
         return memory
 
-    def gather(
-        self, index: int, info: TensorInfo, ids: torch.Tensor, slot: torch.Tensor | None
-    ) -> tuple[torch.Tensor, int]:
-        """Reads the chunks that the rows are in."""
-        assert slot is not None
-        stored = self._reader.store[info.name]
-        rows, n_bytes = gather_rows(ids, stored, self._reader.pieces(info.name), self._reader.read_part, slot)
-        return rows.to(info.dtype), n_bytes
+    def stored(self, info: TensorInfo) -> TensorInfo:
+        """Returns the entry of the store."""
+        return self._reader.store[info.name]
+
+    def part_pieces(self, info: TensorInfo, ranges: Sequence[tuple[int, int]]) -> Sequence[Any]:
+        """Returns the runs of blocks."""
+        size = self.stored(info).dtype.itemsize
+        return runs(self._reader, info.name, ((start * size, stop * size) for start, stop in ranges))
+
+    def gather(self, index: int, rows: Rows) -> torch.Tensor:
+        """Is never asked: on the host, rows are gathered in the arena."""
+        raise NotImplementedError
 
     def follow(self, plan: Plan | None) -> None:
         """Does nothing: chunks are read as they are asked for."""

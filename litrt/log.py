@@ -18,6 +18,7 @@ class _Access:
     n_spanned: int = 1
     table: int | None = None
     gathered_bytes: int = 0
+    gathered_at: Any = None
 
 
 @dataclass(slots=True)
@@ -47,11 +48,12 @@ class PassLog:
         if number < len(self._accesses):
             self._accesses[number].bound_s = bound_s
 
-    def gathered(self, number: int, table: int, n_bytes: int) -> None:
-        """Notes that an access was for rows of `table`, and read `n_bytes` of it."""
+    def gathered(self, number: int, table: int, n_bytes: int, gathered_at: Any) -> None:
+        """Notes that an access was for rows of `table`, `n_bytes` of it, and when these were there."""
         if number < len(self._accesses):
             self._accesses[number].table = table
             self._accesses[number].gathered_bytes = n_bytes
+            self._accesses[number].gathered_at = gathered_at
 
     def end(self, number: int, done_s: Any = None) -> None:
         """Notes that the operator is done."""
@@ -94,7 +96,11 @@ class PassLog:
                 held_s = None
                 if access.done_s is not None:
                     held_s = max(seconds(access.bound_s, access.done_s), 0.0)
-                uses.append(Use(segments, compute_s, n_spanned, access.table, access.gathered_bytes, held_s))
+                use = Use(segments, compute_s, n_spanned, access.table, access.gathered_bytes, held_s)
+                if access.gathered_at is not None:
+                    gathered_s = max(seconds(access.bound_s, access.gathered_at), 0.0)
+                    use = replace(use, gathered_s=min(gathered_s, compute_s))
+                uses.append(use)
             elif uses:
                 uses[-1] = replace(uses[-1], compute_s=uses[-1].compute_s + compute_s)
             else:

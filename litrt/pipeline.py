@@ -14,20 +14,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence, Set
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from litrt.arena import Arena
+from litrt.bindings import Binding, Counters, Timings
 from litrt.cache import Cache, Entry, State
 from litrt.device import Device
 from litrt.errors import ClosedError, TraceMismatchError
 from litrt.follower import Follower
+from litrt.gather import Rows
 from litrt.loader import Loader
 from litrt.log import PassLog
+from litrt.parts import Parts
 from litrt.plan import Plan
 from litrt.ranges import named_range
 from litrt.reads import ReadThreads
@@ -36,31 +39,6 @@ from litrt.trace import Segment, Use
 
 _URGENT = -1
 """Priority of a piece that an operator waits for; planned ones have the number of their load."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """What the pipeline counts; see `litrt.Stats`."""
-
-    n_hits: int = 0
-    n_late: int = 0
-    n_faults: int = 0
-    read_bytes: int = 0
-    stall_s: float = 0.0
-    link_stall_s: float = 0.0  # of a device, which the host does not wait for
-
-    def __add__(self, other: Counters) -> Counters:
-        return Counters(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
-
-
-@dataclass(slots=True)
-class Binding:
-    """Segments that an operator uses, from `acquire` to `release`."""
-
-    indices: tuple[int, ...]
-    tensors: list[torch.Tensor]
-    step: int | None
-    access: int
 
 
 class Pipeline:
@@ -76,7 +54,7 @@ class Pipeline:
         scratch_bytes: What those threads need beside the arena.
         growable: Raise the arena's limit instead of failing where a use does not fit.
         strict: Refuse what the plan did not predict.
-        tables: Segments of which `gather` may take rows without holding them whole.
+        tables: Segments of which rows may be there without the rest.
     """
 
     def __init__(
@@ -102,10 +80,11 @@ class Pipeline:
         self._entries = self.cache.entries
         self._strict = strict
         self._tables = tables
-        self._slot = next((index for index, segment in enumerate(segments) if segment.is_slot), None)
+        self._slot = tuple(index for index, segment in enumerate(segments) if segment.is_slot)
         self._slot_lock = threading.RLock()
         self._device = device
         self._loader = loader
+        self._parts = Parts(self.cache, loader)
         self._closed = False
         self._plan: Plan | None = None
         self._follower: Follower | None = None  # where the plan has steps
@@ -114,7 +93,7 @@ class Pipeline:
         self._ended_s: Any = 0.0
         self._counting = False
         self._at_begin = (0, 0.0)  # of the pass: bytes read, and seconds of reading, before it
-        self._timings: deque[tuple[int, float]] = deque(maxlen=4096)  # (bytes, seconds) of loads on demand
+        self._timings = Timings()
         self._reads: ReadThreads[Entry] = ReadThreads(loader, self._lock, n_threads, self._read_done)
 
     # Operators: acquire, use, release.
@@ -133,38 +112,121 @@ class Pipeline:
         """
         with self._lock:
             self._check_open()
-            began_s = time.perf_counter()
-            step = self._step_of(indices)
-            access = self._log.begin(indices, self._device.mark())
-            entries = [self._entries[index] for index in indices]
-            for entry in entries:
-                entry.n_pins += 1
-            try:
-                with named_range("wait", (entry.segment.name for entry in entries)):
-                    hits = self._make_ready(entries)
-                tensors = [self.cache.tensor(entry) for entry in entries]
-                for entry in entries:
-                    if entry.copied is not None:
-                        self._device.wait(entry.copied, is_hit=entry in hits)
-            except BaseException:
-                for entry in entries:
-                    entry.n_pins -= 1
-                self._log.drop(access)
-                raise
+            return self._bind(indices, [self._entries[index] for index in indices])
+
+    def acquire_rows(self, index: int, ranges: Sequence[tuple[int, int]]) -> Binding | None:
+        """Returns a tensor of elements of a table and pins it, or None where the whole of it should be used.
+
+        It has those of `ranges`, and others beside them: `binding.ranges` are side by side in it.
+
+        Raises:
+            BudgetError: As `acquire` does, like all others.
+        """
+        if index not in self._tables:
+            return None
+        with self._lock:
+            self._check_open()
+            part = self._parts.covering(index, ranges)
+            if len(part.ranges) > 1 and not self._device.is_host:
+                return None  # copies are of one range
+            if part.n_elements == self._entries[index].info.n_elements:
+                return None
+            if not self._parts.serve(index, part.n_elements, self._plan):
+                return None
+            return self._bind(self._slot, [self._parts.entry(part)])
+
+    def gather(self, index: int, rows: Rows) -> torch.Tensor | None:
+        """Returns rows of a table, one after the other, or None where the whole of it should be used.
+
+        Raises:
+            BudgetError: As `acquire` does, like all others.
+        """
+        if index not in self._tables:
+            return None
+        with self._lock:
+            self._check_open()
+            if self._parts.is_whole(index, self._plan):
+                return None
+            batches = self._parts.batches(index, rows)
+            if not self._parts.serve(index, sum(batch.n_elements for batch in batches), self._plan):
+                return None
+        if not self._device.is_host:
+            return self._gather_by_host(index, rows)
+        with self._slot_lock, self._noting(self._slot, index) as gathered:
+            return self._parts.gather(index, rows, batches, self._lock, self._hold, gathered)
+
+    def _gather_by_host(self, index: int, rows: Rows) -> torch.Tensor:
+        """Returns rows that came by way of the host: nothing of them was in the arena."""
+        with self._noting((), index) as gathered:
+            taken = self._loader.gather(index, rows).to(self._entries[index].info.dtype)
+            with self._lock:
+                self.counters.read_bytes += taken.nbytes
+            gathered(taken.nbytes)
+        return taken.to(self._device.torch_device)
+
+    @contextmanager
+    def _noting(self, slot: tuple[int, ...], table: int) -> Iterator[Callable[[int], None]]:
+        """Makes a use of what runs inside, of which rows are gathered; it is told of the bytes."""
+        with self._lock:
+            binding = self._bind(slot, [])
+        n_bytes = 0
+
+        def gathered(more_bytes: int) -> None:
+            nonlocal n_bytes
+            n_bytes += more_bytes
+
+        try:
+            yield gathered
+            with self._lock:
+                self._log.gathered(binding.access, table, n_bytes, self._device.mark())
+        finally:
+            self.release(binding)
+
+    def _bind(self, indices: tuple[int, ...], entries: list[Entry]) -> Binding:
+        """Makes a use of `indices`; `entries` are those of them, or the part for which one is the room."""
+        began_s = time.perf_counter()
+        step = self._step_of(indices)
+        access = self._log.begin(indices, self._device.mark())
+        part = entries[0].part if entries else None
+        if part is not None:
             self._log.bound(access, self._device.mark())
-            if self._counting:
-                self.counters.stall_s += time.perf_counter() - began_s
-            if step is not None and self._follower is not None:
-                self._follower.begin(step)
-            return Binding(indices, tensors, step, access)
+        try:
+            tensors = [self.cache.tensor(entry) for entry in self._hold(entries)]
+        except BaseException:
+            self._log.drop(access)
+            raise
+        if part is not None:
+            self._log.gathered(access, part.index, entries[0].segment.fetch_bytes, self._device.mark())
+        else:
+            self._log.bound(access, self._device.mark())
+        if self._counting:
+            self.counters.stall_s += time.perf_counter() - began_s
+        if step is not None and self._follower is not None:
+            self._follower.begin(step)
+        return Binding(indices, tensors, step, access, entries)
+
+    def _hold(self, entries: list[Entry]) -> list[Entry]:
+        """Pins entries and waits until they are all there."""
+        for entry in entries:
+            entry.n_pins += 1
+        try:
+            with named_range("wait", (entry.segment.name for entry in entries)):
+                hits = self._make_ready(entries)
+            for entry in entries:
+                if entry.copied is not None:
+                    self._device.wait(entry.copied, is_hit=entry in hits)
+        except BaseException:
+            for entry in entries:
+                entry.n_pins -= 1
+            raise
+        return entries
 
     def release(self, binding: Binding) -> None:
         """Says that the operator is done with what `acquire` gave it."""
         binding.tensors.clear()
         with self._lock:
             self._clock += 1
-            for index in binding.indices:
-                entry = self._entries[index]
+            for entry in binding.entries:
                 entry.n_pins -= 1
                 entry.last_use = self._clock
                 self._device.record_use(entry.used)
@@ -175,46 +237,12 @@ class Pipeline:
     def restore(self, binding: Binding) -> None:
         """Reads again, in place, what an operator has written to."""
         with self._lock:
-            entries = [self._entries[index] for index in binding.indices]
-            for entry in entries:
+            for entry in binding.entries:
                 assert entry.block is not None
                 self._device.record_use(entry.block.waits)  # not before the operator that has written to it
                 self._queue_reads(entry, _URGENT)
-            while any(entry.state is State.READING for entry in entries):
+            while any(entry.state is State.READING for entry in binding.entries):
                 self._wait()
-
-    def gather(self, index: int, ids: torch.Tensor) -> torch.Tensor | None:
-        """Returns rows of a table piece by piece, or None where the whole of it should be used.
-
-        That is where it is in memory, or planned to be, or small against the arena.
-
-        Args:
-            index: The segment; one of `tables`.
-            ids: Rows, integers of any shape.
-        """
-        if index not in self._tables or (self._slot is None and self._device.is_host):
-            return None
-        with self._lock:
-            entry = self._entries[index]
-            if entry.resident or entry.state in (State.READING, State.READY):
-                return None
-            if self._plan is not None and index not in self._plan.tables:
-                return None
-            if self._plan is None and not self.cache.is_tight(entry.segment.size_bytes):
-                return None
-        with self._slot_lock:
-            # Rows come by way of the host; on another device, nothing of it is in the arena.
-            binding = self.acquire(() if self._slot is None else (self._slot,))
-            try:
-                slot = binding.tensors[0] if binding.tensors else None
-                rows, n_bytes = self._loader.gather(index, entry.info, ids, slot)
-                del slot
-                with self._lock:
-                    self.counters.read_bytes += n_bytes
-                    self._log.gathered(binding.access, index, n_bytes)
-            finally:
-                self.release(binding)
-        return rows.to(ids.device)
 
     def _step_of(self, indices: tuple[int, ...]) -> int | None:
         """Returns the step of the plan that a use of `indices` is, and moves the plan on to it."""
@@ -242,23 +270,28 @@ class Pipeline:
                 self.cache.revive(entry)
             if (error := entry.take_error()) is not None:
                 raise error
-        hits = [entry for entry in entries if entry.state is State.READY]
+        whole = [entry for entry in entries if entry.part is None]
+        hits = [entry for entry in whole if entry.state is State.READY]
         if self._counting:
             self.counters.n_hits += len(hits)
-            self.counters.n_late += sum(entry.state is State.READING for entry in entries)
-            self.counters.n_faults += sum(entry.state is State.ABSENT for entry in entries)
+            self.counters.n_late += sum(entry.state is State.READING for entry in whole)
+            self.counters.n_faults += sum(entry.state is State.ABSENT for entry in whole)
         absent = [entry for entry in entries if entry.state is State.ABSENT]
         began_s = time.perf_counter()
         if absent:
-            for entry in self.cache.place_now(absent, entries):
-                self._queue_reads(entry, _URGENT)
+            slot = self._entries[self._slot[0]] if self._slot else None
+            if absent[0].part is not None and self.cache.place_in_room(absent[0], slot):
+                self._queue_reads(absent[0], _URGENT)
+            else:
+                for entry in self.cache.place_now(absent, entries):
+                    self._queue_reads(entry, _URGENT)
         while any(entry.state is not State.READY for entry in entries):
             for entry in entries:
                 if (error := entry.take_error()) is not None:
                     raise error
             self._wait()
-        if any(not entry.segment.is_slot for entry in absent):
-            self._timings.append((sum(entry.segment.fetch_bytes for entry in absent), time.perf_counter() - began_s))
+        if absent:
+            self._timings.add(sum(entry.segment.fetch_bytes for entry in absent), time.perf_counter() - began_s)
         return hits
 
     # The plan: issue loads as steps end, release what has had its last use.
@@ -279,6 +312,14 @@ class Pipeline:
             self._check_open()
             self.stop()
             new = [(self._entries[i], offset) for i, offset in plan.resident.items() if not self._entries[i].resident]
+            self.cache.room = None
+            for index in self._slot:
+                self._entries[index].segment = plan.segments[index]
+                self._entries[index].resident = index in plan.resident
+                if index in plan.resident:
+                    # Not a block: parts take its place.
+                    self.cache.room = plan.resident[index], plan.segments[index].size_bytes
+                    new = [(entry, offset) for entry, offset in new if not entry.segment.is_slot]
             if new:
                 for entry in self._entries:
                     if entry.is_loose:
@@ -320,6 +361,7 @@ class Pipeline:
     def forget_residents(self) -> None:
         """Makes residents like any other segment, after `stop`."""
         with self._lock:
+            self.cache.room = None
             for entry in self._entries:
                 entry.resident = False
 
@@ -391,12 +433,13 @@ class Pipeline:
     def measured(self) -> tuple[float, float]:
         """Returns the bytes per second that the store has delivered on demand, and the seconds of a small read."""
         with self._lock:
-            timed = list(self._timings)
-            latency_s = self._reads.latency_s
-        total_bytes = sum(n_bytes for n_bytes, _ in timed)
-        # At least half of the time counts as transfer, however few bytes there were to measure with.
-        total_s = sum(max(seconds - latency_s, seconds / 2) for _, seconds in timed)
-        return max(total_bytes / max(total_s, 1e-9), 1.0), latency_s
+            return self._timings.measured(self._reads.latency_s)
+
+    @property
+    def room_bytes(self) -> tuple[int, int]:
+        """The room for rows of tables that a plan should keep, and that the uses so far have needed."""
+        with self._lock:
+            return self._parts.room_bytes
 
     def delivered(self) -> tuple[int, float]:
         """Returns the bytes read since the pass began, and the seconds in which something was being read."""
@@ -419,7 +462,11 @@ class Pipeline:
 
     def _queue_reads(self, entry: Entry, priority: int) -> None:
         assert entry.block is not None
-        pieces = () if entry.segment.is_slot else self._loader.pieces(entry.info)
+        if entry.part is not None:
+            pieces = self._parts.pieces(entry.part)
+            self.counters.gathered_bytes += entry.segment.fetch_bytes
+        else:
+            pieces = () if entry.segment.is_slot else self._loader.pieces(entry.info)
         entry.state = State.READING if pieces else State.READY
         entry.n_pending = len(pieces)
         self.counters.read_bytes += entry.segment.fetch_bytes

@@ -13,43 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol, Self
+from typing import Any, NoReturn, Self
 
 import torch
 
+from litrt.bindings import Binding
 from litrt.errors import LitrtError, WeightWriteError
-from litrt.operators import (
-    CASTS,
-    CONVERSIONS,
-    DISPATCH_VIEWS,
-    GRAD_SETTERS,
-    INTEGERS,
-    METADATA,
-    REQUIRES_GRAD_GET,
-    VIEWS,
-    written,
-)
-from litrt.pipeline import Binding
-
-
-class Source(Protocol):
-    """Where placeholders get their tensors: the pipeline."""
-
-    def acquire(self, indices: tuple[int, ...]) -> Binding:
-        """Returns tensors for segments, pinned until `release`."""
-        ...
-
-    def release(self, binding: Binding) -> None:
-        """Says that an operator is done with them."""
-        ...
-
-    def gather(self, index: int, ids: torch.Tensor) -> torch.Tensor | None:
-        """Returns rows of a table, or None where the whole of it should be used."""
-        ...
-
-    def restore(self, binding: Binding) -> None:
-        """Reads the values of tensors that were written to again."""
-        ...
+from litrt.operators import DISPATCH_VIEWS, GRAD_SETTERS, METADATA, REQUIRES_GRAD_GET, VIEWS, written
+from litrt.rowops import grouped, table_of
+from litrt.rows import Source, gather, multiply_groups
+from litrt.views import lazy_view
 
 
 class Placeholder(torch.Tensor):
@@ -119,9 +92,12 @@ class Placeholder(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in DISPATCH_VIEWS:
-            views = _lazy_view(func, args, kwargs)
+            views = _view(func, args, kwargs)
             if views is not NotImplemented:
                 return views
+        rows = _part_of(func, args, kwargs)
+        if rows is not NotImplemented:
+            return rows
         _check_writes(func, args, kwargs)
         return _call(func, args, kwargs)
 
@@ -166,15 +142,14 @@ def _intercept(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     if func in VIEWS:
-        views = _lazy_view(func, args, kwargs)
+        views = _view(func, args, kwargs)
         if views is not NotImplemented:
             return views
     if func in GRAD_SETTERS and isinstance(args[0], Placeholder):
         return _set_requires_grad(args[0], *args[1:], **kwargs)
-    if func is torch.nn.functional.embedding:
-        rows = _gather(*args, **kwargs)
-        if rows is not None:
-            return rows
+    rows = _part_of(func, args, kwargs)
+    if rows is not NotImplemented:
+        return rows
     _check_writes(func, args, kwargs)
     return _call(func, args, kwargs)
 
@@ -223,7 +198,8 @@ class Borrowed:
 
     def __init__(self) -> None:
         self._values: dict[int, torch.Tensor] = {}
-        self._owners: dict[int, Placeholder] = {}  # by the address of their storage
+        # By the address of their storage, with the element of the weight that it begins with.
+        self._owners: dict[int, tuple[Placeholder, int]] = {}
         self._held: list[tuple[Source, Binding]] = []
         self._versions: list[int] = []  # of the values, as they were borrowed
 
@@ -236,18 +212,46 @@ class Borrowed:
         while found := [placeholder for placeholder in find() if id(placeholder) not in self._values]:
             wanted: dict[int, tuple[Source, dict[int, None]]] = {}
             for placeholder in found:
+                if not placeholder._litrt_is_whole:
+                    continue
                 source = placeholder._litrt_source
                 wanted.setdefault(id(source), (source, {}))[1][placeholder._litrt_index] = None
+            for placeholder in found:
+                source, index = placeholder._litrt_source, placeholder._litrt_index
+                indices = wanted.setdefault(id(source), (source, {}))[1]
+                if index not in indices and not self._borrow_part(placeholder):
+                    indices[index] = None
             for source, indices in wanted.values():
+                if not indices:
+                    continue
                 binding = source.acquire(tuple(indices))
                 self._held.append((source, binding))
                 by_index = dict(zip(binding.indices, binding.tensors, strict=True))
                 for placeholder in found:
-                    if placeholder._litrt_source is source:
+                    if placeholder._litrt_source is source and id(placeholder) not in self._values:
                         value = _view_of(placeholder, by_index[placeholder._litrt_index])
-                        self._values[id(placeholder)] = value
-                        self._owners[value.untyped_storage()._cdata] = placeholder
+                        self._keep(placeholder, value)
         self._versions = [value._version for value in self._values.values()]
+
+    def _borrow_part(self, placeholder: Placeholder) -> bool:
+        """Loads what a view needs of its weight, where that is not all; says whether it did."""
+        source = placeholder._litrt_source
+        with torch._C.DisableTorchFunctionSubclass():
+            size, stride, first = placeholder.size(), placeholder.stride(), placeholder.storage_offset()
+        if 0 in size:
+            return False
+        last = first + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True))
+        binding = source.acquire_rows(placeholder._litrt_index, [(int(first), int(last) + 1)])
+        if binding is None:
+            return False
+        self._held.append((source, binding))
+        start = binding.ranges[0][0]
+        self._keep(placeholder, binding.tensors[0].as_strided(size, stride, first - start), start)
+        return True
+
+    def _keep(self, placeholder: Placeholder, value: torch.Tensor, start: int = 0) -> None:
+        self._values[id(placeholder)] = value
+        self._owners[value.untyped_storage()._cdata] = placeholder, start
 
     def check_unwritten(self, func: Callable[..., Any]) -> None:
         """Raises WeightWriteError where `func` has written to what was borrowed, and reads that again.
@@ -257,7 +261,7 @@ class Borrowed:
         if self._versions != [value._version for value in self._values.values()]:
             for source, binding in self._held:
                 source.restore(binding)
-            owner = next(iter(self._owners.values()))
+            owner, _ = next(iter(self._owners.values()))
             _refuse_write(owner, getattr(func, "__name__", str(func)))
 
     def __len__(self) -> int:
@@ -274,10 +278,13 @@ class Borrowed:
         if isinstance(result, torch.Tensor):
             if isinstance(result, Placeholder) or result.layout is not torch.strided:
                 return result
-            owner = self._owners.get(result.untyped_storage()._cdata)
+            owner, start = self._owners.get(result.untyped_storage()._cdata, (None, 0))
             if owner is None or result.dtype != owner._litrt_dtype or result.is_conj() or result.is_neg():
                 return result
-            return owner._litrt_view(result)
+            with torch.inference_mode(False), torch.no_grad():
+                stored = torch.empty(owner._litrt_shape, dtype=result.dtype, device="meta")
+                place = result.storage_offset() + start
+                return owner._litrt_view(stored.as_strided(result.size(), result.stride(), place))
         if type(result) in (list, tuple):
             return type(result)(self.without_aliases(item) for item in result)
         return result
@@ -346,95 +353,25 @@ def _replace(value: Any, reals: Borrowed) -> Any:
     return value
 
 
-def _gather(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> torch.Tensor | None:
-    """Returns rows of an embedding's weight where only these should be read, or None."""
-    if max_norm is not None and isinstance(weight, Placeholder):
-        _refuse_write(weight, "embedding with max_norm")
-    if not isinstance(weight, Placeholder) or isinstance(input, Placeholder) or not weight._litrt_is_whole:
-        return None
-    if input.dtype not in (torch.int32, torch.int64):
-        return None
-    with torch.no_grad():
-        return weight._litrt_source.gather(weight._litrt_index, input)
-
-
-def _lazy_view(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _view(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Returns placeholders for the view that `func` makes of its first argument, or NotImplemented where it copies."""
     self = args[0] if args else None
-    if func is torch.Tensor.__getitem__:
-        args = (self, _plain_index(args[1]))
-    if not isinstance(self, Placeholder) or _has_tensor((*args[1:], *kwargs.values())):
+    if not isinstance(self, Placeholder):
         return NotImplemented
-    if func in CONVERSIONS:
-        return self if _converts_nothing(self, func, args[1:], kwargs) else NotImplemented
-    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.no_grad():
-        base = torch.empty(self._litrt_shape, dtype=self.dtype, device="meta")
-        twin = base.as_strided(self.size(), self.stride(), self.storage_offset())
-        try:
-            made = func(twin, *args[1:], **kwargs)
-        except Exception:
-            return NotImplemented  # the call on the values says what is wrong, in torch's words
-        storage = base.untyped_storage()._cdata
-
-        def wrap(view: Any) -> Any:
-            if isinstance(view, list | tuple):
-                wrapped = [wrap(item) for item in view]
-                return NotImplemented if any(item is NotImplemented for item in wrapped) else type(view)(wrapped)
-            if view is twin:
-                return self
-            if not isinstance(view, torch.Tensor) or view.dtype != self.dtype:
-                return NotImplemented
-            if view.untyped_storage()._cdata != storage or view.is_conj() or view.is_neg():
-                return NotImplemented
-            return self._litrt_view(view)
-
-        return wrap(made)
+    return lazy_view(func, self, args[1:], kwargs, self._litrt_shape, self._litrt_view)
 
 
-def _plain_index(index: Any) -> Any:
-    """Returns `index` with integers in tensors of no dimension as ints: both select, and give a view."""
-    if isinstance(index, tuple):
-        return tuple(_plain_index(item) for item in index)
-    if type(index) is torch.Tensor and index.dim() == 0 and index.dtype in INTEGERS and not index.is_meta:
-        return int(index)
-    return index
-
-
-def _has_tensor(values: Iterable[Any]) -> bool:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            return True
-        if isinstance(value, list | tuple) and _has_tensor(value):
-            return True
-    return False
-
-
-def _converts_nothing(
-    self: Placeholder, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> bool:
-    """Says whether `w.to(...)` and its like ask for the dtype and device that `w` has."""
-    with torch._C.DisableTorchFunctionSubclass():
-        if func in CASTS:
-            return self.dtype == CASTS[func] and not args and not kwargs
-        if func is torch.Tensor.cpu:
-            return self.device.type == "cpu"
-        if func is torch.Tensor.type:
-            return len(args) == 1 and args[0] == self.dtype
-        if kwargs.get("copy"):
-            return False
-        try:
-            device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-        except (TypeError, RuntimeError):
-            return False
-        same_device = device is None or (device.type == self.device.type and device.index in (None, self.device.index))
-        return same_device and dtype in (None, self.dtype) and memory_format in (None, torch.preserve_format)
+def _part_of(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Returns what `func` makes of a few rows of a placeholder, or NotImplemented where it needs all of it."""
+    table = table_of(func, args, kwargs)
+    if isinstance(table, Placeholder):
+        if func is torch.nn.functional.embedding and (args[3:4] or (kwargs.get("max_norm"),))[0] is not None:
+            _refuse_write(table, "embedding with max_norm")
+        return gather(func, args, kwargs, table)
+    product = grouped(func, args, kwargs)
+    if product is not None and isinstance(product.matrices, Placeholder):
+        return multiply_groups(product, product.matrices)
+    return NotImplemented
 
 
 def _set_requires_grad(placeholder: Placeholder, requires_grad: bool = True) -> Placeholder:

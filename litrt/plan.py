@@ -16,6 +16,7 @@ from litrt.layout import align_up, best_layout
 from litrt.policy import lru_loads
 from litrt.residency import choose_streamed
 from litrt.schedule import Load, Schedule, Step, best_schedule, pass_s, step_by_step, streamed_steps
+from litrt.tables import best_plan
 from litrt.trace import Segment, Trace, Use
 from litrt.units import format_bytes
 
@@ -35,7 +36,7 @@ class Plan:
         steps: The uses that need something streamed, in order.
         loads: The fetches of one pass, in order of need.
         streamed_bytes: Bytes of weights that a steady pass reads, those of `tables` included.
-        tables: Segments of which rows are gathered, piece by piece, and never the whole is held.
+        tables: Segments of which rows are gathered, and not the whole is held.
         gathered_bytes: What that read in the warm-up; other rows can take more or less.
         uses: What it was made for.
         compute_s: Seconds of a pass that never waits.
@@ -97,7 +98,7 @@ class Plan:
         if self.tables:
             gathered.append(
                 f"  gathered {format_bytes(self.gathered_bytes):>10} per pass   rows of "
-                f"{_names(self.segments, self.tables)}, piece by piece"
+                f"{_names(self.segments, self.tables)}"
             )
         return "\n".join(
             [
@@ -127,13 +128,10 @@ def make_plan(trace: Trace, budget_bytes: int, *, policy: Policy = "belady", see
         ValueError: If `budget_bytes` cannot hold the largest use.
     """
     if trace.gathered_bytes:
-        # Rows were gathered from tables. Having the whole tables may be better, where they fit.
-        whole = trace.with_whole_tables()
-        if whole.largest_use_bytes <= budget_bytes:
-            plans = [_make_plan(whole, budget_bytes, policy, seed)]
-            if trace.largest_use_bytes <= budget_bytes:
-                plans.append(_make_plan(trace, budget_bytes, policy, seed))
-            return min(plans, key=lambda plan: plan.pass_s)
+        # Rows were gathered from tables. Having some of them whole may be better, where they fit.
+        plan = best_plan(trace, budget_bytes, lambda made: _make_plan(made, budget_bytes, policy, seed))
+        if plan is not None:
+            return plan
     return _make_plan(trace, budget_bytes, policy, seed)
 
 

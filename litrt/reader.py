@@ -132,15 +132,15 @@ class Reader:
         except CorruptWeightError:
             raise
         except FileNotFoundError:
-            failure = _corrupt(piece, "is missing")
+            failure = corrupt(piece, "is missing")
         except MissingChunkError as error:
-            failure = _corrupt(piece, "is missing", file=error.key)
+            failure = corrupt(piece, "is missing", file=error.key)
         except OSError as error:
-            failure = _corrupt(piece, f"cannot be read ({error})", "Check the disk, then")
+            failure = corrupt(piece, f"cannot be read ({error})", "Check the disk, then")
         except Exception as error:
             if info.direct:
                 raise
-            failure = _corrupt(piece, f"cannot be decoded ({error})", "Check the disk or the network, then")
+            failure = corrupt(piece, f"cannot be decoded ({error})", "Check the disk or the network, then")
         # Raised here, without the error that caused it: the frames of that one would keep `dest` alive.
         raise failure
 
@@ -169,17 +169,17 @@ class Reader:
             self._direct_io = False
             return False
         try:
-            _check_size(fd, piece, chunk_bytes)
+            check_size(fd, piece, chunk_bytes)
             scratch = self._scratch_memory()
             n_whole = piece.nbytes - piece.nbytes % ALIGN_BYTES
             # One request; the tail of the values, and the padding and the checksum if they fit, go to scratch.
-            if not _fill_direct(fd, [part[:n_whole].data, scratch.data], chunk_bytes + CRC_BYTES):
+            if not fill_direct(fd, [part[:n_whole].data, scratch.data], chunk_bytes + CRC_BYTES):
                 return False
             part[n_whole:] = scratch[: piece.nbytes - n_whole]
             crc_at = chunk_bytes - n_whole
             if crc_at + CRC_BYTES > len(scratch):
                 block = chunk_bytes - chunk_bytes % ALIGN_BYTES
-                if not _fill_direct(fd, [scratch.data], chunk_bytes + CRC_BYTES, block):
+                if not fill_direct(fd, [scratch.data], chunk_bytes + CRC_BYTES, block):
                     return False
                 crc_at = chunk_bytes - block
             stored = int.from_bytes(scratch[crc_at : crc_at + CRC_BYTES].tobytes(), "little")
@@ -248,13 +248,13 @@ def _cut(info: TensorInfo, root: str | None) -> list[Piece]:
     return pieces
 
 
-def _check_size(fd: int, piece: Piece, chunk_bytes: int) -> None:
+def check_size(fd: int, piece: Piece, chunk_bytes: int) -> None:
     size = os.fstat(fd).st_size
     if size != chunk_bytes + CRC_BYTES:
-        raise _corrupt(piece, f"has {size} bytes in place of {chunk_bytes + CRC_BYTES}")
+        raise corrupt(piece, f"has {size} bytes in place of {chunk_bytes + CRC_BYTES}")
 
 
-def _fill_direct(fd: int, buffers: list[memoryview], end: int, start: int = 0) -> bool:
+def fill_direct(fd: int, buffers: list[memoryview], end: int, start: int = 0) -> bool:
     """Fills `buffers` from `start` of the file, up to `end` or their own end; False if it stopped before."""
     end = min(end, start + sum(map(len, buffers)))
     position = start
@@ -275,13 +275,13 @@ def _fill_direct(fd: int, buffers: list[memoryview], end: int, start: int = 0) -
 def _read_buffered(piece: Piece, part: Bytes, chunk_bytes: int) -> None:
     fd = os.open(piece.file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _check_size(fd, piece, chunk_bytes)
+        check_size(fd, piece, chunk_bytes)
         crc = np.empty(CRC_BYTES, dtype=np.uint8)
         if piece.nbytes == chunk_bytes:
-            _fill(fd, piece, [part.data, crc.data], 0)
+            fill(fd, piece, [part.data, crc.data], 0)
         else:
-            _fill(fd, piece, [part.data], 0)
-            _fill(fd, piece, [crc.data], chunk_bytes)
+            fill(fd, piece, [part.data], 0)
+            fill(fd, piece, [crc.data], chunk_bytes)
         _verify(piece, part, chunk_bytes, int.from_bytes(crc.tobytes(), "little"))
     finally:
         # The page cache would hold every weight once more.
@@ -290,12 +290,12 @@ def _read_buffered(piece: Piece, part: Bytes, chunk_bytes: int) -> None:
         os.close(fd)
 
 
-def _fill(fd: int, piece: Piece, buffers: list[memoryview], position: int) -> None:
+def fill(fd: int, piece: Piece, buffers: list[memoryview], position: int) -> None:
     buffers = [buffer for buffer in buffers if len(buffer)]
     while buffers:
         n_read = os.preadv(fd, buffers, position)
         if n_read == 0:
-            raise _corrupt(piece, f"ended at byte {position} while it was read")
+            raise corrupt(piece, f"ended at byte {position} while it was read")
         position += n_read
         while buffers and n_read >= len(buffers[0]):
             n_read -= len(buffers[0])
@@ -318,7 +318,7 @@ def _verify(piece: Piece, part: Bytes, chunk_bytes: int, stored: int) -> None:
     if crc != stored and n_padding:
         crc = _extend_over_file(values, piece.file, len(part), chunk_bytes)
     if crc != stored:
-        raise _corrupt(
+        raise corrupt(
             piece, f"is damaged: its checksum is {crc:08x} and should be {stored:08x}", "Check the disk, then"
         )
 
@@ -333,7 +333,7 @@ def _extend_over_file(crc: int, file: str, start: int, end: int) -> int:
     return crc
 
 
-def _corrupt(piece: Piece, what: str, first: str = "", file: str | None = None) -> CorruptWeightError:
+def corrupt(piece: Piece, what: str, first: str = "", file: str | None = None) -> CorruptWeightError:
     file = file or piece.file
     advice = f"{first} run" if first else "Run"
     return CorruptWeightError(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from litrt.arena import Arena
-from litrt.budget import settle, settle_host
+from litrt.budget import part_bytes, settle, settle_host
 from litrt.device import Device
 from litrt.devices import open_device
 from litrt.errors import ClosedError, LitrtError
@@ -29,6 +29,7 @@ from litrt.residents import Residents
 from litrt.skeleton import build, furnish, match, slots, tables
 from litrt.stats import Stats
 from litrt.store import Store, TensorInfo, floating_dtype, open_store
+from litrt.tables import with_room
 from litrt.trace import Trace, Use
 from litrt.units import parse_bytes
 
@@ -115,11 +116,15 @@ class Runtime:
         reader = Reader(opened)
         if n_threads is None:
             n_threads = 2 if all(info.direct for info in infos) else 4
-        pieces = {name: reader.pieces(name) for name in tables(self.module, found)}
-        # On the host, a table of one piece has to be read whole in any case.
-        least = 1 if self._device.is_host else 0
-        slot_bytes = {name: max(piece.nbytes for piece in cut) for name, cut in pieces.items() if len(cut) > least}
-        table_indices = frozenset(indices[name] for name in slot_bytes)
+        parts = {info.name for info in stored if info.nbytes and info.readable.largest_bytes < info.nbytes}
+        # What is one piece has to be read whole in any case; over a link, there is less to copy.
+        named = [
+            name
+            for name in tables(self.module, found)
+            if name in parts or not (self._device.is_host or len(opened[name].shape) > 2)
+        ]
+        slot_bytes = {name: part_bytes(opened[name], infos[indices[name]]) for name in named if opened[name].nbytes}
+        table_indices = frozenset(indices[name] for name in {*slot_bytes, *parts})
         self._host: HostTier | None = None
         loader: StoreLoader | Link
         if self._device.is_host:
@@ -129,7 +134,9 @@ class Runtime:
             loader = StoreLoader(reader, casts)
             scratch_bytes = n_threads * loader.scratch_bytes_per_task
         else:
-            self._host = HostTier(self._device, reader, stored, host_bytes, n_threads, table_indices)
+            self._host = HostTier(
+                self._device, reader, stored, host_bytes, n_threads, table_indices, slot_bytes.values()
+            )
             loader = Link(self._device, self._host, stored, infos)
             n_threads, scratch_bytes = 1, loader.scratch_bytes
         self._loader = loader
@@ -150,7 +157,8 @@ class Runtime:
             capacity_bytes = min(capacity_bytes, int(self._device.free_bytes() * _WARMUP_SHARE))
         self._arena = Arena(self._device, capacity_bytes, settled.arena_bytes)
         if self._host is not None:
-            self._host.open({index for index in table_indices if infos[index].nbytes > settled.arena_bytes // 2})
+            gathered = {indices[name] for name in slot_bytes if len(opened[name].shape) == 2}  # stacks are multiplied
+            self._host.open({index for index in gathered if infos[index].nbytes > settled.arena_bytes // 2})
         in_arena = [
             TensorInfo.of_bytes(segment.name, segment.nbytes) for segment in settled.segments if segment.is_slot
         ]
@@ -247,6 +255,7 @@ class Runtime:
             peak_bytes=self._pipeline.cache.peak_bytes,
             budget_bytes=max(self._settled.budget_bytes, self._pipeline.budget_bytes),
             resident_bytes=self._pipeline.resident_bytes,
+            gathered_bytes=counters.gathered_bytes if host is None else host.gathered_bytes,
             link_bytes=0 if host is None else counters.read_bytes,
             link_stall_s=counters.link_stall_s,
             disk_stall_s=0.0 if host is None else host.stall_s,
@@ -330,7 +339,8 @@ class Runtime:
         if isinstance(self._loader, Link):
             used_bytes = Trace(self._settled.segments, tuple(uses), 1.0).used_bytes
             bandwidth_bps, latency_s = self._loader.effective_bps(used_bytes, self._arena.limit_bytes), 0.0
-        self._trace = Trace(self._settled.segments, tuple(uses), bandwidth_bps, latency_s)
+        trace = Trace(self._settled.segments, tuple(uses), bandwidth_bps, latency_s)
+        self._trace = with_room(trace, *self._pipeline.room_bytes, self._arena.limit_bytes)
         self._follow(make_plan(self._trace, self._arena.limit_bytes, policy=self._policy))
 
     def _fit_arena(self) -> None:

@@ -14,7 +14,8 @@ from torch import nn
 from litrt.deferred import Deferral, Deferred
 from litrt.device import Device
 from litrt.errors import LitrtError, SkeletonError
-from litrt.placeholder import Placeholder, Source
+from litrt.placeholder import Placeholder
+from litrt.rows import Source
 from litrt.store import Store, TensorInfo
 
 _MAX_NAMES = 10
@@ -93,9 +94,15 @@ def _stateful(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
 
 
 def tables(module: nn.Module, found: list[Slot]) -> list[str]:
-    """Returns the stored names of embedding weights, from which rows may be gathered."""
-    weights = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
-    return [slot.stored for slot in found if id(slot.tensor) in weights and slot.shape[0] > 1]
+    """Returns the stored names of weights of which rows are used: of embeddings, and stacks of matrices."""
+    rows = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    whole = {id(child.weight) for child in module.modules() if isinstance(child, nn.modules.conv._ConvNd)}
+    return [
+        slot.stored
+        for slot in found
+        if slot.shape and slot.shape[0] > 1
+        if id(slot.tensor) in rows or (slot.is_param and len(slot.shape) > 2 and id(slot.tensor) not in whole)
+    ]
 
 
 def match(module: nn.Module, found: list[Slot], store: Store) -> None:

@@ -9,7 +9,7 @@ _LEVELS = frozenset({"peak_bytes", "budget_bytes", "resident_bytes", "host_peak_
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts since the runtime was made; the warm-up counts in `read_bytes` and `peak_bytes` only.
+    """Counts since the runtime was made; the warm-up counts in bytes read and `peak_bytes` only.
 
     Attributes:
         n_passes: Passes of the root module that ended, warm-up passes not counted.
@@ -17,6 +17,7 @@ class Stats:
         n_late: Uses of a streamed weight that was on its way, so that the operator waited.
         n_faults: Uses of a weight that was neither there nor on its way.
         read_bytes: Bytes of weights read from the store.
+        gathered_bytes: Part of `read_bytes` that was read for rows of weights that were not there whole.
         stall_s: Seconds that operators waited for weights: the caller, or the device, whichever had to.
         peak_bytes: Most weight bytes held at any moment, those in flight and the scratch of reads included.
         budget_bytes: What `peak_bytes` may not exceed.
@@ -33,6 +34,7 @@ class Stats:
     n_late: int = 0
     n_faults: int = 0
     read_bytes: int = 0
+    gathered_bytes: int = 0
     stall_s: float = 0.0
     peak_bytes: int = 0
     budget_bytes: int = 0

@@ -17,7 +17,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from zarr.abc.store import ByteRequest
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore, StorePath, WrapperStore, ZipStore
 
+from litrt.blocks import Blocks, blocks_of
 from litrt.errors import StoreError, WeightNotFoundError
 
 FORMAT = 1
@@ -70,6 +71,7 @@ class TensorInfo:
         chunk_rows: Rows along the lead axis that one chunk holds.
         direct: Whether a chunk is a file whose bytes are the values of those rows, followed by their crc32c.
         chunk_bytes: Decoded bytes of one chunk, padding included.
+        blocks: Parts of its chunks that can be read and checked alone, where the store has checksums of them.
     """
 
     name: str
@@ -80,6 +82,7 @@ class TensorInfo:
     chunk_rows: int
     direct: bool
     chunk_bytes: int = 0
+    blocks: Blocks | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of_bytes(cls, name: str, nbytes: int) -> TensorInfo:
@@ -90,6 +93,19 @@ class TensorInfo:
         """Returns where bytes of the stored values lie when the tensor is served in `dtype`."""
         start = offset // self.dtype.itemsize * dtype.itemsize
         return slice(start, start + nbytes // self.dtype.itemsize * dtype.itemsize)
+
+    @property
+    def n_elements(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    @property
+    def readable(self) -> Blocks:
+        """What of the stored bytes can be read and checked alone: blocks, or else chunks. It has elements."""
+        if self.blocks is not None:
+            return self.blocks
+        n_rows = self.shape[lead_axis(self.shape)] if self.shape else 1
+        return Blocks(n_rows, self.nbytes // n_rows, self.chunk_rows, self.chunk_rows)
 
     def cast(self, dtype: torch.dtype) -> TensorInfo:
         """Returns what the tensor is when served in `dtype`: the same, unless it is floating."""
@@ -439,7 +455,13 @@ def _direct_info(name: str, node: str, array: dict[str, Any]) -> TensorInfo | No
         return None
     nbytes = math.prod(shape) * dtype.itemsize
     chunk_rows = chunks[axis] if chunks else 1
-    return TensorInfo(name, shape, dtype, nbytes, node, chunk_rows, True, math.prod(chunks) * dtype.itemsize)
+    told = _litrt_attributes(array.get("attributes", {}))
+    n_rows = shape[axis] if shape else 1
+    try:
+        blocks = blocks_of(told, n_rows, nbytes // n_rows, chunk_rows) if nbytes else None
+    except ValueError as error:
+        raise StoreError(f"the attributes of {name!r} are damaged: {error}. Run litrt convert again.") from error
+    return TensorInfo(name, shape, dtype, nbytes, node, chunk_rows, True, math.prod(chunks) * dtype.itemsize, blocks)
 
 
 def _extension(value: object) -> tuple[object, dict[str, Any]]:

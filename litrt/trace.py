@@ -5,6 +5,7 @@ A pass repeats, so a trace is cyclic: after its last use comes its first one.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, replace
 
 
@@ -17,7 +18,7 @@ class Segment:
         nbytes: Bytes of its values.
         size_bytes: Bytes it occupies in the arena, its padding to `align_bytes` included.
         align_bytes: What its offset in the arena is a multiple of.
-        is_slot: Room that tables pass through piece by piece; it has no bytes of its own to fetch.
+        is_slot: Room for rows of tables that are not there whole; it has no bytes of its own to fetch.
         stored_bytes: Bytes of its values in the store, where they are of another dtype there.
     """
 
@@ -44,9 +45,10 @@ class Use:
         segments: Indices of the segments that must be in the arena together.
         compute_s: Seconds from the moment they were all there to the start of the next use.
         n_spanned: Uses that began before this one ended, itself included: 1 unless uses nest.
-        table: The segment of which rows were gathered, where `segments` is the slot they passed through.
-        gathered_bytes: What was read for that.
+        table: The segment of which rows were gathered, where `segments` is the slot that has room for them.
+        gathered_bytes: What has to be read for that.
         held_s: Seconds of `compute_s` until it was done with the segments; None for all of them.
+        gathered_s: Seconds of `compute_s` until the rows were there; None for all of them.
     """
 
     segments: tuple[int, ...]
@@ -55,6 +57,14 @@ class Use:
     table: int | None = None
     gathered_bytes: int = 0
     held_s: float | None = None
+    gathered_s: float | None = None
+
+    @property
+    def own_s(self) -> float:
+        """Seconds of `compute_s` in which nothing was gathered."""
+        if self.table is None:
+            return self.compute_s
+        return 0.0 if self.gathered_s is None else max(self.compute_s - self.gathered_s, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +90,18 @@ class Trace:
 
     @property
     def gathered_bytes(self) -> int:
-        """Bytes of tables that a pass reads piece by piece."""
+        """Bytes of tables that a pass reads to gather rows."""
         return sum(use.gathered_bytes for use in self.uses)
 
-    def with_whole_tables(self) -> Trace:
-        """Returns the trace of a pass that uses tables whole in place of gathering rows of them."""
-        return replace(
-            self,
-            uses=tuple(use if use.table is None else Use((use.table,), 0.0, use.n_spanned) for use in self.uses),
-        )
+    def with_whole_tables(self, tables: Container[int] | None = None) -> Trace:
+        """Returns the trace of a pass that uses `tables`, by default all, whole in place of gathering rows of them."""
+        uses = [
+            Use((use.table,), use.own_s, use.n_spanned)
+            if use.table is not None and (tables is None or use.table in tables)
+            else use
+            for use in self.uses
+        ]
+        return replace(self, uses=tuple(uses))
 
     @property
     def used(self) -> tuple[int, ...]:

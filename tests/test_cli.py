@@ -71,4 +71,5 @@ def test_demo_gives_the_plain_models_vectors_in_under_half_of_its_memory(capsys)
     held, budget = re.search(r"held, at most\s+([\d.]+) MB of ([\d.]+) MB", out).groups()
     assert float(held) <= float(budget) < 90.86 / 2
     streamed = float(re.search(r"streamed per pass\s+([\d.]+) MB", out)[1])
-    assert streamed > 90.86 - float(budget)
+    table = 30_522 * 384 * 4 / 1e6  # of the words, a few rows are read
+    assert 90.86 - table - float(budget) < streamed < 90.86 - table

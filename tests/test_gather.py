@@ -19,10 +19,8 @@ from torch import nn
 
 import litrt
 import litrt.store
-from litrt.device import Bytes
-from litrt.gather import gather_rows
-from litrt.reader import Piece
-from litrt.store import TensorInfo
+from litrt.blocks import Blocks
+from litrt.gather import Rows, batches, copy_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -234,32 +232,39 @@ def test_threads_that_gather_at_the_same_time_share_one_slot(rt: litrt.Runtime, 
         assert all(pool.map(run, range(n_threads)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
-def test_gathered_rows_are_indexed_rows_whatever_the_pieces(data: Any) -> None:
-    n_rows = data.draw(st.integers(1, 30))
-    width = data.draw(st.integers(1, 5))
-    rows_per_piece = data.draw(st.integers(1, 35))
-    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int8]))
-    ids = data.draw(st.lists(st.integers(0, n_rows - 1), max_size=20))
-    table = torch.arange(n_rows * width).reshape(n_rows, width).to(dtype)
-    raw = table.view(torch.uint8).reshape(-1).numpy()
-    row_bytes = width * dtype.itemsize
-    info = TensorInfo("t", (n_rows, width), dtype, raw.nbytes, "t", rows_per_piece, direct=True)
-    pieces = [
-        Piece("t", first * row_bytes, min(rows_per_piece, n_rows - first) * row_bytes, "", number)
-        for number, first in enumerate(range(0, n_rows, rows_per_piece))
-    ]
+def test_each_block_is_read_once_and_each_row_comes_to_its_place(data: Any) -> None:
+    n_rows, width = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 6))
+    chunk_rows = data.draw(st.integers(1, n_rows + 3))
+    block_rows = data.draw(st.integers(1, chunk_rows))
+    dtype = np.dtype(data.draw(st.sampled_from(["uint8", "int16", "float64"])))
+    table = np.arange(n_rows * width).astype(dtype)
+    blocks = Blocks(n_rows, width * dtype.itemsize, chunk_rows, block_rows)
+    # A view of it, with rows of its own.
+    first = data.draw(st.integers(0, len(table) - 1))
+    n_elements = data.draw(st.integers(1, len(table) - first))
+    n_view_rows = (len(table) - first) // n_elements
+    numbers = np.array(data.draw(st.lists(st.integers(0, n_view_rows - 1), min_size=1, max_size=20)))
+    max_bytes = data.draw(st.integers(0, table.nbytes + 9))
+
+    view = table[first : first + n_view_rows * n_elements].reshape(n_view_rows, n_elements)
+    dest = np.zeros((len(numbers), n_elements * dtype.itemsize), dtype=np.uint8)
     read: list[int] = []
-
-    def read_part(piece: Piece, part: Bytes) -> None:
-        assert part.shape == (piece.nbytes,)
-        read.append(piece.index)
-        np.copyto(part, raw[piece.offset : piece.offset + piece.nbytes])
-
-    slot = torch.empty(max(piece.nbytes for piece in pieces) + data.draw(st.integers(0, 9)), dtype=torch.uint8)
-    wanted = torch.tensor(ids, dtype=data.draw(st.sampled_from([torch.int32, torch.int64])))
-    rows, n_bytes = gather_rows(wanted, info, pieces, read_part, slot)
-    assert torch.equal(rows, table[wanted.long()])
-    assert read == sorted({number // rows_per_piece for number in ids})
-    assert n_bytes == sum(pieces[number].nbytes for number in read)
+    largest = 0
+    for batch in batches(Rows(first, n_elements, numbers), blocks, dtype.itemsize, max_bytes):
+        source = np.concatenate([table[start:stop] for start, stop in batch.ranges])
+        assert len(source) == batch.n_elements
+        read += [row for start, stop in batch.ranges for row in range(start // width, stop // width)]
+        largest = max(largest, len({*numbers[batch.wanted].tolist()}) if source.nbytes > max_bytes else 0)
+        copy_rows(batch, source.view(np.uint8), dest, dtype.itemsize)
+    assert np.array_equal(dest.view(dtype), view[numbers])
+    wanted = {
+        row
+        for number in numbers.tolist()
+        for row in range((first + number * n_elements) // width, (first + (number + 1) * n_elements - 1) // width + 1)
+    }
+    block = [(row // chunk_rows, row % chunk_rows // block_rows) for row in range(n_rows)]
+    assert sorted(read) == [row for row in range(n_rows) if block[row] in {block[other] for other in wanted}]
+    if n_elements == width and first % width == 0:
+        assert largest <= block_rows  # more than the limit only for the rows of one block

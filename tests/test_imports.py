@@ -18,10 +18,12 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 
 LAYERS: dict[str, tuple[str, ...]] = {
     "base": ("errors", "units"),
-    "pure": ("trace", "stats", "cursor", "log", "bound", "policy", "schedule", "layout", "residency", "plan"),
+    "pure": ("trace", "tables", "stats", "cursor", "log", "bound", "policy", "schedule", "layout", "residency", "plan"),
     "edges": (
+        "blocks",
         "store",
         "reader",
+        "blockreads",
         "checkpoint",
         "convert",
         "memory",
@@ -29,6 +31,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "cuda",
         "devices",
         "operators",
+        "views",
+        "rowops",
         "deferred",
         "budget",
         "gather",
@@ -36,8 +40,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "loader",
         "reads",
     ),
-    "moving": ("arena", "cache", "follower", "pipeline", "link"),
-    "model": ("placeholder", "frames", "residents", "skeleton"),
+    "moving": ("arena", "cache", "bindings", "parts", "follower", "pipeline", "link"),
+    "model": ("rows", "placeholder", "frames", "residents", "skeleton"),
     "wiring": ("runtime",),
     "top": ("testing", "demo", "cli", "__init__"),
 }
@@ -45,7 +49,20 @@ LAYERS: dict[str, tuple[str, ...]] = {
 
 ORDER = [module for layer in LAYERS.values() for module in layer]
 
-PURE = {"trace", "bound", "layout", "schedule", "residency", "plan", "policy", "cursor", "units", "stats", "log"}
+PURE = {
+    "trace",
+    "tables",
+    "bound",
+    "layout",
+    "schedule",
+    "residency",
+    "plan",
+    "policy",
+    "cursor",
+    "units",
+    "stats",
+    "log",
+}
 FORBIDDEN_IN_PURE = {"torch", "zarr", "threading", "time", "concurrent", "asyncio", "multiprocessing"}
 
 

@@ -369,7 +369,7 @@ def test_a_plan_on_demand_and_one_that_gathers_say_so() -> None:
     assert on_demand.startswith("plan (lru)")
     assert "loaded on demand, the least recently used evicted" in on_demand
     gathers = str(make_plan(gathering(30), 300)).splitlines()
-    assert gathers[3] == "  gathered   30 bytes per pass   rows of 1 weight: wte, piece by piece"
+    assert gathers[3] == "  gathered   30 bytes per pass   rows of 1 weight: wte"
     assert "rows of tables" not in "".join(gathers)  # the slot is no weight
 
 

@@ -182,10 +182,14 @@ def test_an_access_that_never_ended_spans_the_rest_of_the_pass() -> None:
 def test_a_gather_keeps_its_table_and_what_it_read() -> None:
     log = PassLog(0.0)
     number = access(log, (5,), 0.0, 0.5)
-    log.gathered(number, 7, 4096)
+    log.gathered(number, 7, 4096, 0.75)
     log.end(number)
     log.end(access(log, (1,), 2.0, 2.0))
-    assert log.uses(3.0, keep=keep_all) == [Use((5,), 1.5, 1, table=7, gathered_bytes=4096), Use((1,), 1.0)]
+    assert log.uses(3.0, keep=keep_all) == [
+        Use((5,), 1.5, 1, table=7, gathered_bytes=4096, gathered_s=0.25),
+        Use((1,), 1.0),
+    ]
+    assert log.uses(3.0, keep=keep_all)[0].own_s == 1.25
 
 
 def test_an_access_that_failed_is_forgotten() -> None:
@@ -204,7 +208,7 @@ def test_notes_on_an_access_that_was_forgotten_are_ignored() -> None:
     number = log.begin((0,), 0.0)
     log.drop(number)
     log.bound(number, 1.0)
-    log.gathered(number, 7, 10)
+    log.gathered(number, 7, 10, 0.0)
     log.end(number)
     assert log.uses(1.0, keep=keep_all) == []
 
