@@ -20,9 +20,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "base": ("errors", "units"),
     "pure": ("trace", "stats", "cursor", "log", "bound", "policy", "schedule", "layout", "residency", "plan"),
     "edges": (
+        "crc",
         "store",
+        "packed",
         "reader",
         "checkpoint",
+        "compression",
         "convert",
         "memory",
         "device",
