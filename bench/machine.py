@@ -28,7 +28,7 @@ def described() -> dict[str, object]:
     }
 
 
-def read_bps(path: Path, n_bytes: int = 3 << 30) -> float:
+def read_bps(path: Path, n_bytes: int = 3 << 30, n_threads: int = N_THREADS) -> float:
     """Returns the bytes per second of reading the first `n_bytes` of a file past the page cache."""
     end = min(path.stat().st_size // REQUEST_BYTES * REQUEST_BYTES, n_bytes)
     offsets = range(0, end, REQUEST_BYTES)
@@ -37,14 +37,14 @@ def read_bps(path: Path, n_bytes: int = 3 << 30) -> float:
     def read(number: int) -> None:
         buffer = mmap.mmap(-1, REQUEST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         buffer.madvise(mmap.MADV_HUGEPAGE)
-        for offset in offsets[number::N_THREADS]:
+        for offset in offsets[number::n_threads]:
             if os.preadv(fd, [buffer], offset) != REQUEST_BYTES:
                 raise OSError(f"{path} was read short at {offset}")
 
     try:
-        with ThreadPoolExecutor(N_THREADS) as pool:
+        with ThreadPoolExecutor(n_threads) as pool:
             began_s = time.perf_counter()
-            list(pool.map(read, range(N_THREADS)))
+            list(pool.map(read, range(n_threads)))
             return len(offsets) * REQUEST_BYTES / (time.perf_counter() - began_s)
     finally:
         os.close(fd)

@@ -12,6 +12,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 import numpy as np
 from numcodecs import blosc
@@ -57,8 +58,12 @@ class PackedChunks:
         self._scratch = threading.local()
         self._direct_io = bool(_O_DIRECT)
 
-    def read(self, file: str, part: Bytes, chunk_bytes: int) -> None:
+    def read(
+        self, file: str, part: Bytes, chunk_bytes: int, in_flight: AbstractContextManager[object] | None = None
+    ) -> None:
         """Reads the chunk in `file`, checks it, and decodes its first bytes into `part`.
+
+        What is in `in_flight`, which may keep the thread waiting, is the reading of a large file alone.
 
         Raises:
             DamageError: If it is short, long, fails its checksum or cannot be decoded. What `part` then holds is
@@ -66,7 +71,7 @@ class PackedChunks:
             OSError: If it cannot be read.
         """
         scratch = self._memory()
-        content = scratch[: self._fill(file, scratch, chunk_bytes)]
+        content = scratch[: self._fill(file, scratch, chunk_bytes, in_flight or contextlib.nullcontext())]
         values = content[:-CRC_BYTES]
         found, stored = extend_crc(0, values), int.from_bytes(content[-CRC_BYTES:].tobytes(), "little")
         if found != stored:
@@ -92,11 +97,12 @@ class PackedChunks:
             scratch = self._scratch.memory = np.frombuffer(mapping, dtype=np.uint8)
         return scratch
 
-    def _fill(self, file: str, scratch: Bytes, chunk_bytes: int) -> int:
+    def _fill(self, file: str, scratch: Bytes, chunk_bytes: int, in_flight: AbstractContextManager[object]) -> int:
         """Reads a file to the start of `scratch`, and returns its size."""
         if self._direct_io and chunk_bytes >= _DIRECT_MIN_BYTES:
             try:
-                return _fill(file, scratch, chunk_bytes, _O_DIRECT)
+                with in_flight:
+                    return _fill(file, scratch, chunk_bytes, _O_DIRECT)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise

@@ -14,6 +14,7 @@ import itertools
 import mmap
 import os
 import threading
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,19 @@ class Reader:
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._scratch = threading.local()
         self._direct_io = bool(_O_DIRECT)
+        self._n_in_flight: int | None = None
+        self._in_flight: AbstractContextManager[object] = contextlib.nullcontext()
+
+    @property
+    def n_in_flight(self) -> int | None:
+        """How many threads may wait for the disk at once while others check and decode; None for all. Small reads do
+        not count. It may be set while nothing is reading."""
+        return self._n_in_flight
+
+    @n_in_flight.setter
+    def n_in_flight(self, n_in_flight: int | None) -> None:
+        self._n_in_flight = n_in_flight
+        self._in_flight = contextlib.nullcontext() if n_in_flight is None else threading.Semaphore(n_in_flight)
 
     def pieces(self, name: str) -> tuple[Piece, ...]:
         """Returns what to read of tensor `name`, in order; an empty tensor has no pieces.
@@ -125,7 +139,7 @@ class Reader:
         info = self.store[piece.name]
         try:
             if info.packed:
-                self._packed.read(piece.file, part, info.chunk_bytes)
+                self._packed.read(piece.file, part, info.chunk_bytes, self._in_flight)
             elif not info.direct:
                 self._read_through_zarr(info, piece, part)
             elif not self._try_direct(piece, part, info.chunk_bytes):
@@ -177,7 +191,9 @@ class Reader:
             scratch = self._scratch_memory()
             n_whole = piece.nbytes - piece.nbytes % ALIGN_BYTES
             # One request; the tail of the values, and the padding and the checksum if they fit, go to scratch.
-            if not _fill_direct(fd, [part[:n_whole].data, scratch.data], chunk_bytes + CRC_BYTES):
+            with self._in_flight:
+                is_full = _fill_direct(fd, [part[:n_whole].data, scratch.data], chunk_bytes + CRC_BYTES)
+            if not is_full:
                 return False
             part[n_whole:] = scratch[: piece.nbytes - n_whole]
             crc_at = chunk_bytes - n_whole

@@ -38,6 +38,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "ranges",
         "loader",
         "reads",
+        "tune",
     ),
     "moving": ("arena", "cache", "follower", "pipeline", "link"),
     "model": ("placeholder", "frames", "residents", "skeleton"),
