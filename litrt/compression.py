@@ -6,22 +6,26 @@ trained weight only the exponent can be compressed.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import zarr
 from numcodecs import blosc
 from zarr.codecs import BloscCodec
 
-from litrt.crc import Bytes
-from litrt.store import ALIGN_BYTES, dtype_name
+from litrt.crc import CRC_BYTES, Bytes, extend_crc
+from litrt.reader import Reader
+from litrt.store import ALIGN_BYTES, Store, TensorInfo, dtype_name
+from litrt.tune import Tuning, read_bps
 from litrt.units import format_bytes
 
 CODECS = ("lz4", "zstd")
@@ -36,9 +40,8 @@ CHUNK_BYTES = 8 << 20
 _LEAST_GAIN = 1.05
 """The ratio, and the gain in speed, below which nothing is compressed."""
 
-_PROBE_BYTES = 128 << 20
-_PROBE_REQUEST_BYTES = 16 << 20
-_PROBE_THREADS = 2
+_PROBE_CHUNKS = 12
+_PROBE_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,13 @@ class _Settings:
 
 # On trained weights, measured by bench/compression.py. zstd at higher levels, or in smaller blocks, which Blosc
 # chooses, takes up to ten times as long to encode, decodes at half the speed, and has a ratio that is not better.
-_SETTINGS = {"lz4": _Settings(5, "bitshuffle", 0), "zstd": _Settings(1, "shuffle", 512 << 10)}
+SETTINGS = {"lz4": _Settings(5, "bitshuffle", 0), "zstd": _Settings(1, "shuffle", 512 << 10)}
 _SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
 def blosc_codec(codec: str, itemsize: int) -> BloscCodec:
     """Returns the codec of Zarr that `codec` stands for, for values of `itemsize` bytes."""
-    chosen = _SETTINGS[codec]
+    chosen = SETTINGS[codec]
     return BloscCodec(
         typesize=itemsize,
         cname=codec,  # type: ignore[arg-type]
@@ -68,7 +71,7 @@ def blosc_codec(codec: str, itemsize: int) -> BloscCodec:
 
 def encode(values: Bytes, codec: str, itemsize: int) -> bytes:
     """Returns the Blosc buffer that `blosc_codec` makes of a chunk of `values`."""
-    chosen = _SETTINGS[codec]
+    chosen = SETTINGS[codec]
     shuffle = _SHUFFLES[chosen.shuffle]
     return bytes(blosc.compress(values, codec.encode(), chosen.level, shuffle, chosen.block_bytes, itemsize))
 
@@ -79,37 +82,31 @@ class Measured:
 
     Attributes:
         codec: One of `CODECS`.
-        ratio: Bytes of the values for each byte that is stored.
-        decode_bps: Bytes of values per second that one thread decodes.
+        ratio: Bytes of values for each byte that is stored.
+        decode_bps: Bytes of values per second that one thread decodes, while nothing else runs.
+        read_bps: Bytes of values per second that several threads read from the disk, check and decode.
     """
 
     codec: str
     ratio: float
     decode_bps: float
+    read_bps: float
 
-    def read_bps(self, disk_bps: float, n_threads: int) -> float:
-        """Returns the bytes of values per second that a disk delivers to threads that decode."""
-        return min(self.ratio * disk_bps, n_threads * self.decode_bps)
+    def break_even_bps(self, disk_bps: float, n_threads: int) -> float:
+        """Returns about how fast a disk may be for the codec to win on it.
 
-
-def measure(samples: Sequence[Bytes], codec: str, itemsize: int) -> Measured:
-    """Returns what `codec` does to `samples`."""
-    buffers = [encode(values, codec, itemsize) for values in samples]
-    dest = np.empty(max(map(len, samples)), dtype=np.uint8)
-    seconds = []
-    for _ in range(3):
-        began_s = time.perf_counter()
-        for values, buffer in zip(samples, buffers, strict=True):
-            blosc.decompress(buffer, dest[: len(values)])
-        seconds.append(time.perf_counter() - began_s)
-    n_bytes = sum(map(len, samples))
-    return Measured(codec, n_bytes / sum(map(len, buffers)), n_bytes / max(min(seconds), 1e-9))
+        All threads together decode no faster than they do when they do nothing else; and what was read on a disk of
+        `disk_bps` was slower than its bytes alone explain by the time that decoding takes from reading, on any disk.
+        """
+        most_bps = n_threads * self.decode_bps
+        decode_s = 1 / self.read_bps - 1 / (self.ratio * disk_bps)
+        return min(most_bps, (1 - 1 / self.ratio) / decode_s) if decode_s > 0 else most_bps
 
 
-def choose(measured: Sequence[Measured], disk_bps: float, n_threads: int) -> Measured | None:
-    """Returns the codec with which values are read fastest, or None where none gains 5 % on no codec."""
-    best = max(measured, key=lambda found: found.read_bps(disk_bps, n_threads))
-    return best if best.read_bps(disk_bps, n_threads) >= _LEAST_GAIN * disk_bps else None
+def choose(measured: Sequence[Measured], disk_bps: float) -> Measured | None:
+    """Returns the codec with which values are read fastest, or None where none gains 5 % on `disk_bps`."""
+    best = max(measured, key=lambda found: found.read_bps)
+    return best if best.read_bps >= _LEAST_GAIN * disk_bps else None
 
 
 def gains(samples: Sequence[Bytes], nbytes: int, codec: str, itemsize: int) -> bool:
@@ -119,49 +116,88 @@ def gains(samples: Sequence[Bytes], nbytes: int, codec: str, itemsize: int) -> b
     return ratio >= _LEAST_GAIN and nbytes - nbytes / ratio >= ALIGN_BYTES
 
 
-def decode_threads() -> int:
-    """Returns how many threads may decode at once: half of the processors, the others being left to the model."""
-    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(n_cpus // 2, 1)
+def n_processors() -> int:
+    """Returns how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def disk_bps(directory: Path) -> float:
-    """Returns the bytes per second of reading from the disk of `directory`, past the page cache.
+def probe(samples: Sequence[Bytes], itemsize: int, directory: Path) -> tuple[float, list[Measured]]:
+    """Measures the codecs on `samples`, and on the disk of `directory`, where it needs some 300 MB for a moment.
+
+    Chunks of the samples are written as a store has them, and read as a runtime reads them, in turn: what decoding
+    takes from reading depends on the machine, and shows in no measurement of either alone.
+
+    Returns:
+        Bytes per second that uncompressed values are read with, and what was measured of each codec.
 
     Raises:
-        OSError: If a file cannot be written there, or its file system has no direct reads.
+        OSError: If nothing can be written there, or its file system has no direct reads.
     """
-    file = directory / "probe"
+    values = np.resize(np.concatenate(samples), CHUNK_BYTES)
+    root = directory / "probe"
     try:
-        with open(file, "wb") as probe:
-            block = np.random.default_rng(0).bytes(_PROBE_REQUEST_BYTES)
-            for number in range(_PROBE_BYTES // _PROBE_REQUEST_BYTES):
-                probe.write(number.to_bytes(8, "little") + block[8:])
-            probe.flush()
-            os.fsync(probe.fileno())
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-        try:
-            return _read_bps(fd)
-        finally:
-            os.close(fd)
+        buffers = {codec: encode(values, codec, itemsize) for codec in CODECS}
+        infos = {"raw": _write_probe(root, "raw", values.tobytes(), packed=False)}
+        infos |= {codec: _write_probe(root, codec, buffer, packed=True) for codec, buffer in buffers.items()}
+        _check_direct(root / "raw/c/0/0")
+        bps = _read_probe(root, infos)
     finally:
-        file.unlink(missing_ok=True)
+        shutil.rmtree(root, ignore_errors=True)
+    measured = [
+        Measured(codec, len(values) / len(buffer), _decode_bps(buffer, len(values)), bps[codec])
+        for codec, buffer in buffers.items()
+    ]
+    return bps["raw"], measured
 
 
-def _read_bps(fd: int) -> float:
-    offsets = range(0, _PROBE_BYTES, _PROBE_REQUEST_BYTES)
+def _write_probe(root: Path, name: str, content: bytes, *, packed: bool) -> TensorInfo:
+    checksum = extend_crc(0, np.frombuffer(content, dtype=np.uint8)).to_bytes(CRC_BYTES, "little")
+    for number in range(_PROBE_CHUNKS):
+        file = root / name / "c" / str(number) / "0"
+        file.parent.mkdir(parents=True)
+        with open(file, "wb") as chunk:
+            chunk.write(content)
+            chunk.write(checksum)
+            chunk.flush()
+            os.fsync(chunk.fileno())
+    shape = (_PROBE_CHUNKS, CHUNK_BYTES)
+    nbytes = _PROBE_CHUNKS * CHUNK_BYTES
+    return TensorInfo(name, shape, torch.uint8, nbytes, name, 1, not packed, CHUNK_BYTES, packed=packed)
 
-    def read(number: int) -> int:
-        buffer = memory[number]
-        return sum(os.preadv(fd, [buffer], offset) for offset in offsets[number::_PROBE_THREADS])
 
-    memory = [mmap.mmap(-1, _PROBE_REQUEST_BYTES) for _ in range(_PROBE_THREADS)]
-    for buffer in memory:
-        buffer.write(bytes(_PROBE_REQUEST_BYTES))  # so that pages are there before the clock starts
-    with ThreadPoolExecutor(_PROBE_THREADS) as pool:
+def _check_direct(file: Path) -> None:
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
+    try:
+        if not hasattr(os, "O_DIRECT"):
+            raise OSError(errno.EINVAL, "this system has no direct reads")
+        os.preadv(fd, [mmap.mmap(-1, ALIGN_BYTES)], 0)
+    finally:
+        os.close(fd)
+
+
+def _read_probe(root: Path, infos: dict[str, TensorInfo]) -> dict[str, float]:
+    """Returns the bytes of values per second of reading each, the best of a few rounds."""
+    tuning = Tuning(min(n_processors() + 1, 8), 2)
+
+    def no_group() -> zarr.Group:
+        raise AssertionError("these chunks need no zarr-python")
+
+    reader = Reader(Store(str(root), infos, infos, {}, root=str(root), open_group=no_group))
+    best = dict.fromkeys(infos, 0.0)
+    for _ in range(_PROBE_ROUNDS):
+        for name in infos:
+            best[name] = max(best[name], read_bps(reader, reader.pieces(name), tuning))
+    return best
+
+
+def _decode_bps(buffer: bytes, n_bytes: int) -> float:
+    dest = np.zeros(n_bytes, dtype=np.uint8)
+    seconds = []
+    for _ in range(3):
         began_s = time.perf_counter()
-        n_bytes = sum(pool.map(read, range(_PROBE_THREADS)))
-        return n_bytes / max(time.perf_counter() - began_s, 1e-9)
+        blosc.decompress(buffer, dest)
+        seconds.append(time.perf_counter() - began_s)
+    return n_bytes / max(min(seconds), 1e-9)
 
 
 class Compression:
@@ -175,45 +211,46 @@ class Compression:
     def __init__(self, asked: str | None, directory: Path) -> None:
         self.asked = asked
         self._directory = directory
-        self._n_threads = decode_threads()
-        self._disk_bps: float | None = None
         self._refusal: str | None = None
-        self._chosen: dict[torch.dtype, tuple[str | None, list[Measured]]] = {}
+        self._probed: dict[torch.dtype, tuple[float, list[Measured]]] = {}
 
     def codec(self, samples: Sequence[Bytes], nbytes: int, dtype: torch.dtype) -> str | None:
         """Returns the codec for a tensor of `nbytes` of which there are `samples`, or None to store it as it is."""
         codec = self.asked
         if codec == "auto":
-            if dtype not in self._chosen and nbytes >= SAMPLE_BYTES:
-                self._chosen[dtype] = self._choose(samples, dtype)
-            codec, _ = self._chosen.get(dtype, (None, []))
+            if dtype not in self._probed and nbytes >= SAMPLE_BYTES and self._refusal is None:
+                self._probe(samples, dtype)
+            codec = self._chosen(dtype)
         return codec if codec is not None and samples and gains(samples, nbytes, codec, dtype.itemsize) else None
 
-    def _choose(self, samples: Sequence[Bytes], dtype: torch.dtype) -> tuple[str | None, list[Measured]]:
-        if self._disk_bps is None and self._refusal is None:
-            try:
-                self._disk_bps = disk_bps(self._directory)
-            except (OSError, AttributeError) as error:
-                self._refusal = f"the disk cannot be measured ({error})"
-        measured = [measure(samples, codec, dtype.itemsize) for codec in CODECS]
-        if self._disk_bps is None:
-            return None, measured
-        found = choose(measured, self._disk_bps, self._n_threads)
-        return found.codec if found is not None else None, measured
+    def _probe(self, samples: Sequence[Bytes], dtype: torch.dtype) -> None:
+        try:
+            self._probed[dtype] = probe(samples, dtype.itemsize, self._directory)
+        except OSError as error:
+            self._refusal = f"the disk cannot be measured ({error})"
+
+    def _chosen(self, dtype: torch.dtype) -> str | None:
+        if dtype not in self._probed:
+            return None
+        disk_bps, measured = self._probed[dtype]
+        found = choose(measured, disk_bps)
+        return found.codec if found is not None else None
 
     def attributes(self, nbytes: int, stored_bytes: int) -> dict[str, Any]:
         """Returns what was asked, measured and decided, as the attributes of the store keep it."""
         found: dict[str, Any] = {"asked": self.asked, "nbytes": nbytes, "stored_bytes": stored_bytes}
         if self.asked == "auto":
-            found |= {"disk_bps": self._disk_bps, "n_threads": self._n_threads, "refusal": self._refusal}
+            found["refusal"] = self._refusal
             found["dtypes"] = {
                 dtype_name(dtype): {
-                    "codec": codec,
+                    "codec": self._chosen(dtype),
+                    "disk_bps": disk_bps,
                     "measured": [
-                        asdict(one) | {"break_even_bps": self._n_threads * one.decode_bps} for one in measured
+                        asdict(one) | {"break_even_bps": one.break_even_bps(disk_bps, n_processors())}
+                        for one in measured
                     ],
                 }
-                for dtype, (codec, measured) in self._chosen.items()
+                for dtype, (disk_bps, measured) in self._probed.items()
             }
         return found
 
@@ -226,14 +263,14 @@ def report(attributes: dict[str, Any]) -> list[str]:
     if attributes.get("refusal"):
         lines.append(f"stored as it is: {attributes['refusal']}")
     for dtype, chosen in attributes.get("dtypes", {}).items():
+        verdict = "chosen" if chosen["codec"] is None else "not chosen"
+        lines.append(f"{dtype} as it is, {verdict}: read with {_gbps(chosen['disk_bps'])}")
         for one in chosen["measured"]:
             verdict = "chosen" if one["codec"] == chosen["codec"] else "not chosen"
-            disk_bps = attributes["disk_bps"]
-            disk = "" if disk_bps is None else f", and this one reads {_gbps(disk_bps)}"
             lines.append(
-                f"{dtype} {one['codec']}, {verdict}: ratio {one['ratio']:.2f}, a thread decodes "
-                f"{_gbps(one['decode_bps'])}; {attributes['n_threads']} of them keep up with disks below "
-                f"{_gbps(one['break_even_bps'])}{disk}"
+                f"{dtype} {one['codec']}, {verdict}: ratio {one['ratio']:.2f}, read with {_gbps(one['read_bps'])}, "
+                f"decoded with {_gbps(one['decode_bps'])} per thread; wins on disks below about "
+                f"{_gbps(one['break_even_bps'])}"
             )
     return lines
 

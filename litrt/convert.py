@@ -58,9 +58,10 @@ def convert(
             memory in a `dict` or a torch file are stored once.
         store: Directory to write.
         dtype: Casts floating tensors, and no others, to this dtype.
-        compress: None, "lz4" or "zstd": lossless. "auto" measures how fast the processor decodes the weights and how
-            fast the disk of `store` reads, and chooses for each dtype what is read fastest: `Store.compression` says
-            what was decided and why. A tensor that gains less than 5 % is stored as it is.
+        compress: None, "lz4" or "zstd": lossless. "auto" measures how fast the weights are read from the disk of
+            `store`, as they are and compressed, which needs some 300 MB there for a moment, and chooses for each
+            dtype what is read fastest: `Store.compression` says what was decided and why. A tensor that gains less
+            than 5 % is stored as it is.
         overwrite: Replaces the store that is there, once the new one is complete.
         progress: Shows a line of progress on stderr, if that is a terminal.
 

@@ -76,7 +76,7 @@ def test_fewer_threads_are_chosen_over_more_that_are_hardly_faster() -> None:
         (Tuning(4, 2), 3.40),
         (Tuning(4, 4), 3.5),
     ]
-    assert choose(samples) == Tuning(3, 2)
+    assert choose(samples) == Tuning(3, 2), "the last is faster by less than 2 %"
     assert choose([*samples, (Tuning(8, 8), 3.7)]) == Tuning(8, 8)
     assert choose(samples[:1]) == Tuning(1, 1)
 
@@ -86,13 +86,13 @@ def test_fewer_threads_are_chosen_over_more_that_are_hardly_faster() -> None:
 )
 def test_nothing_with_fewer_threads_is_as_fast_as_what_is_chosen(speeds: dict[Tuning, float]) -> None:
     chosen = choose(speeds.items())
-    assert speeds[chosen] >= 0.95 * max(speeds.values())
-    assert all(bps < 0.95 * max(speeds.values()) for other, bps in speeds.items() if other.n_threads < chosen.n_threads)
+    assert speeds[chosen] >= 0.97 * max(speeds.values())
+    assert all(bps < 0.97 * max(speeds.values()) for other, bps in speeds.items() if other.n_threads < chosen.n_threads)
 
 
-def test_candidates_begin_with_one_thread_and_never_exceed_the_most() -> None:
-    assert candidates(4) == [Tuning(1, 1), Tuning(2, 2), Tuning(3, 2), Tuning(4, 2), Tuning(4, 4)]
-    for most in range(1, 9):
+def test_candidates_begin_with_two_threads_and_never_exceed_the_most() -> None:
+    assert candidates(4) == [Tuning(2, 2), Tuning(3, 2), Tuning(4, 2), Tuning(4, 4)]
+    for most in range(2, 9):
         assert max(tuning.n_threads for tuning in candidates(most)) <= most
         assert all(tuning.n_in_flight <= tuning.n_threads for tuning in candidates(most))
 
@@ -100,7 +100,7 @@ def test_candidates_begin_with_one_thread_and_never_exceed_the_most() -> None:
 def test_the_fastest_tuning_of_the_store_is_chosen_once_for_the_process(reader: Reader, tmp_path: Path) -> None:
     speeds = Speeds(t3x2=3e9, t4x4=2e9)
     assert tuned(reader, 30 * MB, speeds) == Tuning(3, 2)
-    assert speeds.asked == candidates(7), "what fits the budget, with a piece of 4 MB each"
+    assert speeds.asked == 2 * candidates(7), "what fits the budget, with a piece of 4 MB each"
     assert len({piece.name for piece in speeds.first}) > 4, "not the same pieces each time"
     assert tuned(Reader(open_store(tmp_path / "s.zarr")), 30 * MB, Speeds(t8x8=9e9)) == Tuning(3, 2)
     other = Reader(open_store(shutil.copytree(tmp_path / "s.zarr", tmp_path / "other.zarr")))
@@ -128,7 +128,7 @@ def test_the_budget_bounds_the_threads_and_what_is_measured(
         assert (chosen, speeds.asked) == (LOCAL, [])
         return
     assert budget_bytes is not None
-    assert speeds.asked == candidates(most)
+    assert speeds.asked == 2 * candidates(most)
     for tuning in speeds.asked:
         assert tuning.n_threads * (scratch_bytes + 4 * MB) <= budget_bytes
         assert tuning.n_threads * scratch_bytes <= budget_bytes / 20
@@ -138,7 +138,7 @@ def test_few_processors_get_few_threads(reader: Reader, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1))
     speeds = Speeds()
     tuned(reader, 30 * MB, speeds)
-    assert speeds.asked == candidates(3)
+    assert speeds.asked == 2 * candidates(3)
 
 
 def test_small_stores_are_not_measured(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +158,8 @@ def test_a_slow_disk_is_not_measured_for_long(reader: Reader, monkeypatch: pytes
         return speeds(*arguments)
 
     slice_s = 0.15
-    assert tuned(reader, 30 * MB, slow) == Tuning(2, 2)
-    assert speeds.asked == candidates(2), "a third would have ended after 0.4 s"
+    assert tuned(reader, 30 * MB, slow) == Tuning(3, 2)
+    assert speeds.asked == candidates(3), "a third would have ended after 0.4 s"
     tune_module._chosen.clear()
     slice_s = 0.3
     assert tuned(reader, 30 * MB, slow) == LOCAL, "one measurement is no choice"
