@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--compress",
         choices=(*CODECS, "auto"),
-        help="compress losslessly; auto measures the processor and the disk, and chooses what is read fastest",
+        help="compress losslessly; auto measures, and chooses what is read fastest from this disk",
     )
     command.add_argument(
         "--overwrite", action="store_true", help="replace a store that is there, once the new one is complete"

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,17 @@ class Measured:
         `disk_bps` was slower than its bytes alone explain by the time that decoding takes from reading, on any disk.
         """
         most_bps = n_threads * self.decode_bps
-        decode_s = 1 / self.read_bps - 1 / (self.ratio * disk_bps)
+        decode_s = self._decode_s(disk_bps)
         return min(most_bps, (1 - 1 / self.ratio) / decode_s) if decode_s > 0 else most_bps
+
+    def at(self, ratio: float, disk_bps: float) -> Measured:
+        """Returns what the codec does to values that have another ratio, and decode as fast."""
+        read_bps = 1 / (1 / (ratio * disk_bps) + max(self._decode_s(disk_bps), 0.0))
+        return replace(self, ratio=ratio, read_bps=read_bps)
+
+    def _decode_s(self, disk_bps: float) -> float:
+        """Returns the seconds for each byte of values by which reading took longer than its bytes on the disk do."""
+        return 1 / self.read_bps - 1 / (self.ratio * disk_bps)
 
 
 def choose(measured: Sequence[Measured], disk_bps: float) -> Measured | None:
@@ -109,10 +118,13 @@ def choose(measured: Sequence[Measured], disk_bps: float) -> Measured | None:
     return best if best.read_bps >= _LEAST_GAIN * disk_bps else None
 
 
-def gains(samples: Sequence[Bytes], nbytes: int, codec: str, itemsize: int) -> bool:
-    """Says whether a tensor of `nbytes` gets smaller by 5 % and by a block of the disk, judged by `samples`."""
-    n_bytes = sum(map(len, samples))
-    ratio = n_bytes / sum(len(encode(values, codec, itemsize)) for values in samples)
+def ratio(samples: Sequence[Bytes], codec: str, itemsize: int) -> float:
+    """Returns the bytes of `samples` for each byte that `codec` makes of them."""
+    return sum(map(len, samples)) / sum(len(encode(values, codec, itemsize)) for values in samples)
+
+
+def gains(nbytes: int, ratio: float) -> bool:
+    """Says whether a tensor of `nbytes` gets smaller by 5 % and by a block of the disk."""
     return ratio >= _LEAST_GAIN and nbytes - nbytes / ratio >= ALIGN_BYTES
 
 
@@ -216,25 +228,28 @@ class Compression:
 
     def codec(self, samples: Sequence[Bytes], nbytes: int, dtype: torch.dtype) -> str | None:
         """Returns the codec for a tensor of `nbytes` of which there are `samples`, or None to store it as it is."""
-        codec = self.asked
-        if codec == "auto":
-            if dtype not in self._probed and nbytes >= SAMPLE_BYTES and self._refusal is None:
-                self._probe(samples, dtype)
-            codec = self._chosen(dtype)
-        return codec if codec is not None and samples and gains(samples, nbytes, codec, dtype.itemsize) else None
+        if self.asked is None or not samples:
+            return None
+        ratios = {codec: ratio(samples, codec, dtype.itemsize) for codec in CODECS if self.asked in (codec, "auto")}
+        codec = self.asked if self.asked != "auto" else self._fastest(samples, ratios, nbytes, dtype)
+        return codec if codec is not None and gains(nbytes, ratios[codec]) else None
+
+    def _fastest(
+        self, samples: Sequence[Bytes], ratios: dict[str, float], nbytes: int, dtype: torch.dtype
+    ) -> str | None:
+        if dtype not in self._probed and nbytes >= SAMPLE_BYTES and self._refusal is None:
+            self._probe(samples, dtype)
+        if dtype not in self._probed:
+            return None
+        disk_bps, measured = self._probed[dtype]
+        found = choose([one.at(ratios[one.codec], disk_bps) for one in measured], disk_bps)
+        return found.codec if found is not None else None
 
     def _probe(self, samples: Sequence[Bytes], dtype: torch.dtype) -> None:
         try:
             self._probed[dtype] = probe(samples, dtype.itemsize, self._directory)
         except OSError as error:
             self._refusal = f"the disk cannot be measured ({error})"
-
-    def _chosen(self, dtype: torch.dtype) -> str | None:
-        if dtype not in self._probed:
-            return None
-        disk_bps, measured = self._probed[dtype]
-        found = choose(measured, disk_bps)
-        return found.codec if found is not None else None
 
     def attributes(self, nbytes: int, stored_bytes: int) -> dict[str, Any]:
         """Returns what was asked, measured and decided, as the attributes of the store keep it."""
@@ -243,7 +258,7 @@ class Compression:
             found["refusal"] = self._refusal
             found["dtypes"] = {
                 dtype_name(dtype): {
-                    "codec": self._chosen(dtype),
+                    "codec": getattr(choose(measured, disk_bps), "codec", None),
                     "disk_bps": disk_bps,
                     "measured": [
                         asdict(one) | {"break_even_bps": one.break_even_bps(disk_bps, n_processors())}

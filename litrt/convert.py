@@ -59,9 +59,9 @@ def convert(
         store: Directory to write.
         dtype: Casts floating tensors, and no others, to this dtype.
         compress: None, "lz4" or "zstd": lossless. "auto" measures how fast the weights are read from the disk of
-            `store`, as they are and compressed, which needs some 300 MB there for a moment, and chooses for each
-            dtype what is read fastest: `Store.compression` says what was decided and why. A tensor that gains less
-            than 5 % is stored as it is.
+            `store`, as they are and compressed, which needs some 300 MB there for a moment, once for each dtype, and
+            chooses for each tensor what is read fastest: `Store.compression` says what was decided and why. A tensor
+            that gains less than 5 % is stored as it is.
         overwrite: Replaces the store that is there, once the new one is complete.
         progress: Shows a line of progress on stderr, if that is a terminal.
 

@@ -57,6 +57,15 @@ def test_the_break_even_is_what_threads_decode_where_decoding_took_nothing_from_
     assert measured("lz4", read_bps=2e9).break_even_bps(3e9, 2) == pytest.approx(0.9474e9, rel=1e-3)
 
 
+def test_a_tensor_is_judged_by_its_own_ratio() -> None:
+    found = measured("lz4", read_bps=1.2e9, ratio=1.3)
+    assert found.at(1.3, 1e9) == Measured("lz4", 1.3, 5e9, pytest.approx(1.2e9))
+    # 1 / 1.2 - 1 / 1.3 = 0.0641 s per GB of decoding, and 1 / 1.1 s of the disk
+    assert found.at(1.1, 1e9).read_bps == pytest.approx(1.0275e9, rel=1e-3)
+    assert choose([found.at(1.1, 1e9)], 1e9) is None
+    assert measured("lz4", read_bps=1.5e9, ratio=1.3).at(1.3, 1e9).read_bps == pytest.approx(1.3e9), "as the disk reads"
+
+
 def trained(rows: int = 600, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Values whose exponents are those of trained weights."""
     return (torch.randn(rows, 1000, generator=torch.Generator().manual_seed(rows)) * 0.02).to(dtype)
