@@ -146,7 +146,7 @@ def probe(samples: Sequence[Bytes], itemsize: int, directory: Path) -> tuple[flo
         OSError: If nothing can be written there, or its file system has no direct reads.
     """
     values = np.resize(np.concatenate(samples), CHUNK_BYTES)
-    root = directory / "probe"
+    root = directory / "(probe)"  # no array of a store has parentheses in its name
     try:
         buffers = {codec: encode(values, codec, itemsize) for codec in CODECS}
         infos = {"raw": _write_probe(root, "raw", values.tobytes(), packed=False)}

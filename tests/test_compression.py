@@ -192,7 +192,7 @@ def test_auto_stores_as_it_is_and_says_so_where_the_disk_cannot_be_measured(
     assert n_refused == 1, "asked once"
     store = open_store(tmp_path / "s.zarr")
     assert all(info.direct for info in store.values())
-    assert not (tmp_path / "s.zarr/probe").exists()
+    assert {path.name for path in (tmp_path / "s.zarr").iterdir()} == {"w", "v", "zarr.json"}
     assert main(["inspect", str(tmp_path / "s.zarr")]) == 0
     assert said in capsys.readouterr().out
 
@@ -232,3 +232,11 @@ def test_the_disk_is_measured_with_what_the_codecs_make_of_the_values(tmp_path: 
         stored = len(compression.encode(values[: 1 << 20], one.codec, 4))
         assert one.ratio == pytest.approx((1 << 20) / stored, rel=0.02)
     assert list(tmp_path.iterdir()) == [], "nothing of it is left"
+
+
+@pytest.mark.parametrize("name", ["probe", "(probe)"])
+def test_measuring_the_disk_leaves_a_weight_of_that_name_alone(name: str, tmp_path: Path) -> None:
+    weights = {name: torch.arange(3), "w": trained()}
+    store = convert(weights, tmp_path / "s.zarr", compress="auto", progress=False)
+    reader = Reader(store)
+    assert all(torch.equal(reader.read_tensor(name), weights[name]) for name in weights)
