@@ -1,4 +1,4 @@
-"""python -m bench sweep | plot | table | simulate | record, each with --help."""
+"""python -m bench COMMAND, each with --help."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ COMMANDS = {
     "table": "the tables of the README, or of a sweep",
     "simulate": "the same picture from a trace and a bandwidth, without a machine",
     "record": "the trace of a model, for simulate",
+    "reader": "how fast stores are read, beside the disk",
+    "compression": "what lossless codecs do to trained weights",
 }
 INTERNAL = ("cell",)
 
@@ -20,7 +22,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] not in (*COMMANDS, *INTERNAL):
         print("usage: python -m bench COMMAND ...\n")
         for name, what in COMMANDS.items():
-            print(f"  {name:<10}{what}")
+            print(f"  {name:<13}{what}")
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     status: int = importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
     return status

@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from litrt.crc import Bytes, extend_crc
 from litrt.errors import CorruptWeightError
-from litrt.reader import Bytes, Piece, Reader, check_size, corrupt, extend_crc, fill, fill_direct
+from litrt.reader import Piece, Reader, check_size, corrupt, fill, fill_direct
 from litrt.store import ALIGN_BYTES
 
 _O_DIRECT: int = getattr(os, "O_DIRECT", 0)

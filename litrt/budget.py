@@ -51,6 +51,19 @@ class Budget:
         return max(self.arena_bytes, sum(segment.size_bytes + PAGE_BYTES for segment in self.segments))
 
 
+def requested_bytes(budget: int | str, total_bytes: int) -> int | None:
+    """Returns the bytes that `budget` asks for on the host, of a model of `total_bytes`; None for `"min"`.
+
+    Raises:
+        BudgetError: If `budget` cannot be read.
+    """
+    if budget == "min":
+        return None
+    if budget == "auto":
+        return int(available_bytes() * _AUTO_SHARE)
+    return parse_bytes(budget, of_bytes=total_bytes)
+
+
 def settle(
     budget: int | str,
     infos: Sequence[TensorInfo],
@@ -85,10 +98,8 @@ def settle(
         return Budget(scratch_bytes, 0, scratch_bytes, segments + slot, growable=True)
     if budget == "auto" and not on_host:
         return Budget(scratch_bytes, 0, scratch_bytes, segments, growable=True, is_auto=True)
-    if budget == "auto":
-        budget_bytes = int(available_bytes() * _AUTO_SHARE)
-    else:
-        budget_bytes = parse_bytes(budget, of_bytes=total_bytes)
+    budget_bytes = requested_bytes(budget, total_bytes)
+    assert budget_bytes is not None
     if budget_bytes >= footprint_bytes + scratch_bytes:
         return Budget(footprint_bytes + scratch_bytes, footprint_bytes, scratch_bytes, segments + slot)
     if not on_host and budget_bytes >= total_bytes + scratch_bytes:

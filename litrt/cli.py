@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from litrt.compression import CODECS, report
 from litrt.convert import convert
 from litrt.errors import LitrtError
-from litrt.store import open_store
+from litrt.store import Store, open_store
 from litrt.units import format_bytes
 
 
@@ -46,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", help="cast floating weights to this, for example bfloat16")
     command.add_argument(
         "--compress",
-        choices=("lz4", "zstd"),
-        help="compress losslessly: for slow disks and networks; not read in place",
+        choices=(*CODECS, "auto"),
+        help="compress losslessly; auto measures, and chooses what is read fastest from this disk",
     )
     command.add_argument(
         "--overwrite", action="store_true", help="replace a store that is there, once the new one is complete"
@@ -86,6 +87,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         progress=not arguments.quiet,
     )
     print(f"{store.path}: {len(store) - len(store.aliases)} weights, {format_bytes(store.total_bytes)}")
+    _print_compression(store)
     return 0
 
 
@@ -98,7 +100,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     print(f"{store.path}: {len(infos)} weights, {format_bytes(store.total_bytes)}, {len(store.aliases)} aliases")
     print("  " + ", ".join(f"{dtype} {format_bytes(n_bytes)}" for dtype, n_bytes in by_dtype.most_common()))
     n_direct = sum(info.direct for info in infos.values())
-    print(f"  {n_direct} of {len(infos)} weights are read in place, past the page cache")
+    n_packed = sum(info.packed for info in infos.values())
+    print(f"  {n_direct} of {len(infos)} weights are read in place, {n_packed} decoded into place, past the page cache")
+    _print_compression(store)
     shown = list(infos.values())
     if not arguments.all:
         shown = sorted(shown, key=lambda info: -info.nbytes)[:10]
@@ -111,6 +115,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
         for alias, name in store.aliases.items():
             print(f"  {alias} is {name}")
     return 0
+
+
+def _print_compression(store: Store) -> None:
+    for line in report(store.compression) if store.compression is not None else ():
+        print(f"  {line}")
 
 
 def _demo(arguments: argparse.Namespace) -> int:

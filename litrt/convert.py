@@ -15,13 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import zarr
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
 from litrt.blocks import Blocks, choose_block_rows, sums_of_chunk
 from litrt.checkpoint import Source, SourceLike, open_source
+from litrt.compression import CHUNK_BYTES, CODECS, SAMPLE_BYTES, Compression, blosc_codec
+from litrt.crc import Bytes, extend_crc
 from litrt.errors import StoreError
-from litrt.reader import extend_crc
 from litrt.store import (
     FORMAT,
     Store,
@@ -34,8 +35,6 @@ from litrt.store import (
     open_store,
 )
 from litrt.units import format_bytes
-
-_CODECS = ("lz4", "zstd")
 
 
 def convert(
@@ -60,8 +59,10 @@ def convert(
             memory in a `dict` or a torch file are stored once.
         store: Directory to write.
         dtype: Casts floating tensors, and no others, to this dtype.
-        compress: None, "lz4" or "zstd": lossless, and read through zarr-python, which is slower than most
-            disks.
+        compress: None, "lz4" or "zstd": lossless. "auto" measures how fast the weights are read from the disk of
+            `store`, as they are and compressed, which needs some 300 MB there for a moment, once for each dtype, and
+            chooses for each tensor what is read fastest: `Store.compression` says what was decided and why. A tensor
+            that gains less than 5 % is stored as it is.
         overwrite: Replaces the store that is there, once the new one is complete.
         progress: Shows a line of progress on stderr, if that is a terminal.
 
@@ -74,8 +75,8 @@ def convert(
         ValueError: If `dtype` or `compress` is not one of those above.
     """
     cast = None if dtype is None else floating_dtype(dtype, "cast weights to")
-    if compress is not None and compress not in _CODECS:
-        raise ValueError(f"cannot compress with {compress!r}: use None, 'lz4' or 'zstd'.")
+    if compress is not None and compress not in (*CODECS, "auto"):
+        raise ValueError(f"cannot compress with {compress!r}: use None, 'lz4', 'zstd' or 'auto'.")
     target = Path(os.path.realpath(_local_path(store)))
     _check_target(target, os.fspath(store), overwrite)
     partial = target.with_name(f"{target.name}.partial")
@@ -134,17 +135,21 @@ def _check_space(target: Path, total_bytes: int) -> None:
 def _write_store(source: Source, partial: Path, cast: torch.dtype | None, compress: str | None, bar: _Progress) -> None:
     header = {"format": FORMAT, "complete": False, "tensors": list(source.names), "aliases": source.aliases}
     group = zarr.create_group(LocalStore(partial), zarr_format=3, attributes={"litrt": header})
-    flushed: Future[None] | None = None
+    compression = Compression(compress, partial)
+    nbytes = stored_bytes = 0
+    flushed: Future[int] | None = None
     # One thread puts an array on disk while the next is written: the page cache never holds much of them.
     with ThreadPoolExecutor(1) as flusher:
         for name in source.names:
             if name not in source.aliases:
-                _write_tensor(group, source, name, cast, compress, bar)
+                nbytes += _write_tensor(group, source, name, cast, compression, bar)
                 if flushed is not None:
-                    flushed.result()
+                    stored_bytes += flushed.result()
                 flushed = flusher.submit(_flush, partial / node_name(name))
         if flushed is not None:
-            flushed.result()
+            stored_bytes += flushed.result()
+    if compress is not None:
+        header["compression"] = compression.attributes(nbytes, stored_bytes)
     group.update_attributes({"litrt": {**header, "complete": True}})
     for file in (partial / "zarr.json", partial):
         _fsync(file)
@@ -155,17 +160,25 @@ def _write_tensor(
     source: Source,
     name: str,
     cast: torch.dtype | None,
-    compress: str | None,
+    compression: Compression,
     bar: _Progress,
-) -> None:
+) -> int:
+    """Writes a tensor, and returns the bytes of its values."""
     tensor = source.fetch(name)
     dtype = cast if cast is not None and tensor.is_floating_point() else tensor.dtype
     stored = array_dtype(dtype)
     if stored is None:
         raise TypeError(f"{name!r} has dtype {dtype}, which litrt cannot store: convert it to another dtype first.")
     shape = tuple(tensor.shape)
-    chunks = chunk_shape(shape, dtype.itemsize)
     attributes = {"name": name, "torch_dtype": dtype_name(dtype)}
+    nbytes = tensor.numel() * dtype.itemsize
+    samples = [] if compression.asked is None else _samples(name, tensor, dtype, stored)
+    codec = compression.codec(samples, nbytes, dtype)
+    if codec is None:
+        chunks = chunk_shape(shape, dtype.itemsize)
+    else:
+        # Decoding has no need of pages, and a chunk without padding is decoded into place.
+        chunks = chunk_shape(shape, dtype.itemsize, CHUNK_BYTES, align_bytes=1, max_padding=0.0)
     array = group.create_array(
         node_name(name),
         shape=shape,
@@ -174,7 +187,7 @@ def _write_tensor(
         fill_value=False if stored == "bool" else 0,
         filters=None,
         serializer=BytesCodec(endian="little"),
-        compressors=_codecs(compress, dtype.itemsize),
+        compressors=[*([blosc_codec(codec, dtype.itemsize)] if codec is not None else []), Crc32cCodec()],
         attributes={"litrt": attributes},
         # A chunk that is missing is an error, so that one of zeros has to be there.
         config={"write_empty_chunks": True},
@@ -185,7 +198,7 @@ def _write_tensor(
     elif tensor.numel():
         axis = lead_axis(shape)
         row_bytes = tensor.numel() // shape[axis] * dtype.itemsize
-        block_rows = choose_block_rows(row_bytes, chunks[axis]) if compress is None else None
+        block_rows = choose_block_rows(row_bytes, chunks[axis]) if codec is None else None
         sums: list[int] = []
         for first in range(0, shape[axis], chunks[axis]):
             rows = min(chunks[axis], shape[axis] - first)
@@ -200,13 +213,22 @@ def _write_tensor(
             blocks = Blocks(shape[axis], row_bytes, chunks[axis], block_rows, np.array(sums, dtype=np.uint32))
             array.update_attributes({"litrt": {**attributes, "blocks": blocks.attributes()}})
     source.release(tensor)
+    return nbytes
 
 
-def _codecs(compress: str | None, itemsize: int) -> list[Any]:
-    if compress is None:
-        return [Crc32cCodec()]
-    blosc = BloscCodec(typesize=itemsize, cname=compress, clevel=5, shuffle="bitshuffle")  # type: ignore[arg-type]
-    return [blosc, Crc32cCodec()]
+def _samples(name: str, tensor: torch.Tensor, dtype: torch.dtype, stored: str) -> list[Bytes]:
+    """Returns the bytes of some rows at the start, in the middle and at the end of a tensor; all, if it is small."""
+    shape = tuple(tensor.shape)
+    if not shape or not tensor.numel():
+        return []
+    axis = lead_axis(shape)
+    row_bytes = tensor.numel() * dtype.itemsize // shape[axis]
+    rows = min(max(SAMPLE_BYTES // row_bytes, 1), shape[axis])
+    last = shape[axis] - rows
+    return [
+        _values(name, tensor.narrow(axis, first, rows), dtype, stored).reshape(-1).view(np.uint8)
+        for first in sorted({0, last // 2, last})
+    ]
 
 
 def _values(name: str, block: torch.Tensor, dtype: torch.dtype, stored: str) -> npt.NDArray[Any]:
@@ -220,12 +242,15 @@ def _values(name: str, block: torch.Tensor, dtype: torch.dtype, stored: str) -> 
     return bits.view(np.dtype(stored)).reshape(tuple(block.shape))
 
 
-def _flush(directory: Path) -> None:
-    """Puts the files of an array on disk, and out of the page cache."""
+def _flush(directory: Path) -> int:
+    """Puts the files of an array on disk, and out of the page cache; returns the bytes of its chunks."""
+    n_bytes = 0
     for parent, _, files in os.walk(directory):
         for file in files:
             _fsync(Path(parent, file))
+            n_bytes += os.path.getsize(Path(parent, file)) * (file != "zarr.json")
         _fsync(Path(parent))
+    return n_bytes
 
 
 def _fsync(path: Path) -> None:

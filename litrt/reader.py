@@ -1,36 +1,33 @@
 """Reads the bytes of weights into memory that the caller owns, and checks every one of them.
 
-Two ways, with the same results. A chunk of a local, uncompressed store is a file that holds the values and
+Three ways, with the same results. A chunk of a local, uncompressed store is a file that holds the values and
 their crc32c: it is read straight into place, past the page cache where the file system allows that, because a
-budget inside a container counts the page cache too. Everything else is read through zarr-python.
+budget inside a container counts the page cache too. One that is compressed is read into scratch, and decoded into
+place: `litrt.packed`. Everything else is read through zarr-python.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import itertools
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c  # the crc32c of zarr-python's codec of that name, which requires it
 import numpy as np
-import numpy.typing as npt
 import torch
 import zarr
 from zarr.buffer.cpu import NDBuffer
 
+from litrt.crc import CRC_BYTES, Bytes, extend_crc
 from litrt.errors import CorruptWeightError
+from litrt.packed import DamageError, PackedChunks
 from litrt.store import ALIGN_BYTES, MissingChunkError, Store, TensorInfo, array_dtype, lead_axis
 
-Bytes = npt.NDArray[np.uint8]
-
-CRC_BYTES = 4
 DIRECT_MIN_BYTES = 256 << 10
 """Below this, a direct read costs more in latency than a buffered one does in copying."""
 
@@ -75,14 +72,31 @@ class Reader:
     def __init__(self, store: Store) -> None:
         self.store = store
         infos = list({info.name: info for info in store.values()}.values())
-        decoded = [info.chunk_bytes for info in infos if info.nbytes and not info.direct]
+        others = [info.chunk_bytes for info in infos if info.nbytes and not (info.direct or info.packed)]
         # Through zarr-python: a chunk as it is stored, at most a little larger than decoded, and decoded.
+        through_zarr_bytes = 2 * max(others) + len(_ZEROS) if others else 0
         direct = any(info.direct and info.nbytes >= DIRECT_MIN_BYTES for info in infos)
-        self.scratch_bytes_per_task = 2 * max(decoded) + len(_ZEROS) if decoded else _SCRATCH_BYTES * direct
+        self._packed = PackedChunks(infos)
+        # A thread keeps what it reads packed and direct chunks with.
+        kept_bytes = self._packed.scratch_bytes_per_task + _SCRATCH_BYTES * direct
+        self.scratch_bytes_per_task = kept_bytes + through_zarr_bytes
         self._pieces: dict[str, tuple[Piece, ...]] = {}
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._scratch = threading.local()
         self._direct_io = bool(_O_DIRECT)
+        self._n_in_flight: int | None = None
+        self._in_flight: AbstractContextManager[object] = contextlib.nullcontext()
+
+    @property
+    def n_in_flight(self) -> int | None:
+        """How many threads may wait for the disk at once while others check and decode; None for all. Small reads do
+        not count. It may be set while nothing is reading."""
+        return self._n_in_flight
+
+    @n_in_flight.setter
+    def n_in_flight(self, n_in_flight: int | None) -> None:
+        self._n_in_flight = n_in_flight
+        self._in_flight = contextlib.nullcontext() if n_in_flight is None else threading.Semaphore(n_in_flight)
 
     def pieces(self, name: str) -> tuple[Piece, ...]:
         """Returns what to read of tensor `name`, in order; an empty tensor has no pieces.
@@ -124,7 +138,9 @@ class Reader:
         """
         info = self.store[piece.name]
         try:
-            if not info.direct:
+            if info.packed:
+                self._packed.read(piece.file, part, info.chunk_bytes, self._in_flight)
+            elif not info.direct:
                 self._read_through_zarr(info, piece, part)
             elif not self._try_direct(piece, part, info.chunk_bytes):
                 _read_buffered(piece, part, info.chunk_bytes)
@@ -135,10 +151,12 @@ class Reader:
             failure = corrupt(piece, "is missing")
         except MissingChunkError as error:
             failure = corrupt(piece, "is missing", file=error.key)
+        except DamageError as error:
+            failure = corrupt(piece, str(error), "Check the disk, then")
         except OSError as error:
             failure = corrupt(piece, f"cannot be read ({error})", "Check the disk, then")
         except Exception as error:
-            if info.direct:
+            if info.direct or info.packed:
                 raise
             failure = corrupt(piece, f"cannot be decoded ({error})", "Check the disk or the network, then")
         # Raised here, without the error that caused it: the frames of that one would keep `dest` alive.
@@ -173,7 +191,9 @@ class Reader:
             scratch = self._scratch_memory()
             n_whole = piece.nbytes - piece.nbytes % ALIGN_BYTES
             # One request; the tail of the values, and the padding and the checksum if they fit, go to scratch.
-            if not fill_direct(fd, [part[:n_whole].data, scratch.data], chunk_bytes + CRC_BYTES):
+            with self._in_flight:
+                is_full = fill_direct(fd, [part[:n_whole].data, scratch.data], chunk_bytes + CRC_BYTES)
+            if not is_full:
                 return False
             part[n_whole:] = scratch[: piece.nbytes - n_whole]
             crc_at = chunk_bytes - n_whole
@@ -238,7 +258,7 @@ def _cut(info: TensorInfo, root: str | None) -> list[Piece]:
     pieces = []
     for index, first in enumerate(range(0, rows, info.chunk_rows)):
         file = info.path
-        if info.direct and root is not None:
+        if (info.direct or info.packed) and root is not None:
             indices = ["0"] * len(info.shape)
             if indices:
                 indices[axis] = str(index)
@@ -339,31 +359,3 @@ def corrupt(piece: Piece, what: str, first: str = "", file: str | None = None) -
     return CorruptWeightError(
         f"weight {piece.name!r}: {file} {what}. {advice} litrt convert again.", name=piece.name, file=file
     )
-
-
-def _load_crc() -> Callable[[int, Bytes], int]:
-    """Returns a function that extends a crc32c over more bytes.
-
-    google_crc32c holds the interpreter lock while it runs, 2.5 ms for a chunk, which stops the thread that
-    computes. The library that it ships is the same code without Python, and ctypes lets go of the lock.
-    """
-
-    def extend_holding_lock(crc: int, values: Bytes) -> int:
-        return int(google_crc32c.extend(crc, values))
-
-    try:
-        library = ctypes.CDLL(google_crc32c._crc32c.__file__)
-        function = library.crc32c_extend
-    except (AttributeError, OSError, TypeError):
-        return extend_holding_lock
-    function.argtypes = [ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t]
-    function.restype = ctypes.c_uint32
-
-    def extend(crc: int, values: Bytes) -> int:
-        return int(function(crc, values.ctypes.data, values.nbytes))
-
-    return extend
-
-
-extend_crc = _load_crc()
-"""Extends a crc32c (RFC 3720) over contiguous bytes; `extend_crc(0, values)` is that of `values` alone."""

@@ -46,6 +46,9 @@ _SMALLEST_PREFIX_WINDOW = 0.02
 _MIN_ROUNDS = 4
 """Choices that are laid out even where each has so many loads that `_WORK` is spent."""
 
+_AS_FAST = 1 + 1e-4
+"""Of two choices whose seconds differ by no more, the one with fewer bytes is better."""
+
 _MAX_EXHAUSTIVE = 9
 """Segments up to which every choice is ranked."""
 
@@ -55,6 +58,8 @@ def choose_streamed(trace: Trace, budget_bytes: int, seed: int) -> tuple[frozens
 
     Loads have no offset where the budget is so small that only loading step by step works.
     """
+    if trace.used_bytes <= budget_bytes:
+        return frozenset(), Schedule((), (), 0)
     search = _Search(trace, budget_bytes)
     search.rank(search.used)
     if len(search.used) <= _MAX_EXHAUSTIVE:
@@ -63,9 +68,7 @@ def choose_streamed(trace: Trace, budget_bytes: int, seed: int) -> tuple[frozens
                 search.rank(search.used - set(subset))
         search.lay_out_ranked(_WORK)
         return search.best, search.best_schedule
-    if trace.used_bytes <= budget_bytes:
-        search.rank(frozenset())
-    elif search.spare_bytes > 0:
+    if search.spare_bytes > 0:
         for kept in search.prefixes():
             search.rank(search.used - kept)
         families = list(dict.fromkeys([search.worth_most(), frozenset[int](), *search.largest(_N_FAMILIES)]))
@@ -74,8 +77,7 @@ def choose_streamed(trace: Trace, budget_bytes: int, seed: int) -> tuple[frozens
             for targets in _water_levels(search, kept, n_levels):
                 search.rank(search.rounded(kept, targets))
     search.lay_out_ranked(_WORK // 2)
-    if trace.used_bytes > budget_bytes:
-        search.polish(random.Random(seed), _WORK)
+    search.polish(random.Random(seed), _WORK)
     return search.best, search.best_schedule
 
 
@@ -133,9 +135,10 @@ class _Search:
         """Gives addresses to what was ranked, best first, until none of the rest can be better."""
         ranked = sorted(self._ranked.items(), key=lambda item: item[1][0])
         for number, (streamed, (cost, _)) in enumerate(ranked):
-            if not _better(cost, self.best_cost) or (self._work > work and number >= _MIN_ROUNDS):
+            if cost[0] > self.best_cost[0] * _AS_FAST or (self._work > work and number >= _MIN_ROUNDS):
                 break
-            self.lay_out(streamed)
+            if _better(cost, self.best_cost):
+                self.lay_out(streamed)
 
     def window_bytes(self, streamed: frozenset[int]) -> int:
         """Returns what is left of the budget beside what stays."""
@@ -245,7 +248,7 @@ class _Search:
 def _better(cost: tuple[float, int], than: tuple[float, int]) -> bool:
     if cost[0] < than[0] * (1 - 1e-3):
         return True
-    return cost[0] <= than[0] * (1 + 1e-4) and cost[1] < than[1]
+    return cost[0] <= than[0] * _AS_FAST and cost[1] < than[1]
 
 
 def _water_levels(search: _Search, kept: frozenset[int], n_levels: int) -> Iterator[Array]:

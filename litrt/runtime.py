@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from litrt.arena import Arena
-from litrt.budget import part_bytes, settle, settle_host
+from litrt.budget import part_bytes, requested_bytes, settle, settle_host
 from litrt.device import Device
 from litrt.devices import open_device
 from litrt.errors import ClosedError, LitrtError
@@ -31,6 +31,7 @@ from litrt.stats import Stats
 from litrt.store import Store, TensorInfo, floating_dtype, open_store
 from litrt.tables import with_room
 from litrt.trace import Trace, Use
+from litrt.tune import tune
 from litrt.units import parse_bytes
 
 _WARMUP_SHARE = 0.5
@@ -63,7 +64,7 @@ class Runtime:
         device: Where weights are used: `"cpu"`, `"cuda"`, `"cuda:1"`; or a `litrt.testing.FakeDevice`.
         policy: `"belady"` keeps a fixed part and streams the rest ahead of its use; `"lru"` loads on demand and
             evicts what was used longest ago, for comparison.
-        n_threads: Threads that read; by default what the store needs.
+        n_threads: Threads that read; by default what a short measurement of a large store finds to be enough.
         strict: Raise TraceMismatchError where a pass strays from the recorded one, instead of loading on demand.
         host_budget: On CUDA, the most bytes of page-locked host memory for what streams to the device: `"auto"` for
             half of what is available, `0` for no more than copies need. What is resident on the device has no copy
@@ -114,8 +115,6 @@ class Runtime:
         infos = stored if dtype is None else [info.cast(floating_dtype(dtype, "serve weights in")) for info in stored]
         indices = {info.name: index for index, info in enumerate(infos)}
         reader = Reader(opened)
-        if n_threads is None:
-            n_threads = 2 if all(info.direct for info in infos) else 4
         parts = {info.name for info in stored if info.nbytes and info.readable.largest_bytes < info.nbytes}
         # What is one piece has to be read whole in any case; over a link, there is less to copy.
         named = [
@@ -132,8 +131,11 @@ class Runtime:
                 info.name: info.dtype for info, other in zip(infos, stored, strict=True) if info.dtype != other.dtype
             }
             loader = StoreLoader(reader, casts)
+            asked_bytes = requested_bytes(budget, sum(info.nbytes for info in infos))
+            n_threads = self._read_threads(n_threads, reader, stored, asked_bytes, loader.scratch_bytes_per_task)
             scratch_bytes = n_threads * loader.scratch_bytes_per_task
         else:
+            n_threads = self._read_threads(n_threads, reader, stored, host_bytes, reader.scratch_bytes_per_task)
             self._host = HostTier(
                 self._device, reader, stored, host_bytes, n_threads, table_indices, slot_bytes.values()
             )
@@ -184,6 +186,17 @@ class Runtime:
         except BaseException:
             self._stop()
             raise
+
+    @staticmethod
+    def _read_threads(
+        n_threads: int | None, reader: Reader, stored: list[TensorInfo], budget_bytes: int | None, scratch_bytes: int
+    ) -> int:
+        """Returns how many threads read, and tells the reader how many of them at once, where nobody has said."""
+        if n_threads is not None:
+            return n_threads
+        tuning = tune(reader, stored, budget_bytes, scratch_bytes)
+        reader.n_in_flight = tuning.n_in_flight
+        return tuning.n_threads
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module: one pass. The first one is recorded, unless `warmup` was called."""

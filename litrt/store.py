@@ -40,6 +40,9 @@ TARGET_CHUNK_BYTES = 32 << 20
 ALIGN_BYTES = 4096
 """What direct reads want chunks, and so the offsets that they are read to, to be multiples of."""
 
+MAX_BLOCK_BYTES = 1 << 20
+"""The largest block that Blosc chooses itself."""
+
 _MAX_PADDING = 1 / 50
 """Share of a tensor up to which the last chunk is padded for the sake of alignment."""
 
@@ -72,6 +75,7 @@ class TensorInfo:
         direct: Whether a chunk is a file whose bytes are the values of those rows, followed by their crc32c.
         chunk_bytes: Decoded bytes of one chunk, padding included.
         blocks: Parts of its chunks that can be read and checked alone, where the store has checksums of them.
+        packed: Whether a chunk is a file that is one Blosc buffer, followed by its crc32c.
     """
 
     name: str
@@ -82,7 +86,13 @@ class TensorInfo:
     chunk_rows: int
     direct: bool
     chunk_bytes: int = 0
+    packed: bool = False
     blocks: Blocks | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the last chunk holds more rows than the tensor has left for it."""
+        return self.chunk_bytes > 0 and self.nbytes % self.chunk_bytes > 0
 
     @classmethod
     def of_bytes(cls, name: str, nbytes: int) -> TensorInfo:
@@ -120,27 +130,35 @@ def lead_axis(shape: tuple[int, ...]) -> int:
     return next((axis for axis, extent in enumerate(shape) if extent != 1), 0)
 
 
-def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Returns the shape of the chunks of a new array: about 32 MiB each, along the lead axis only.
+def chunk_shape(
+    shape: tuple[int, ...],
+    itemsize: int,
+    target_bytes: int | None = None,
+    *,
+    align_bytes: int = ALIGN_BYTES,
+    max_padding: float = _MAX_PADDING,
+) -> tuple[int, ...]:
+    """Returns the shape of the chunks of a new array: about `target_bytes` each, along the lead axis only.
 
     Zarr stores the last chunk at full size, so rows are shared out evenly, and rounded up to a multiple of
-    4096 bytes only where that pads the last chunk by a few per cent of the tensor at most.
+    `align_bytes` only where that pads the last chunk by `max_padding` of the tensor at most.
     """
+    target_bytes = TARGET_CHUNK_BYTES if target_bytes is None else target_bytes
     if not shape:
         return ()
     axis = lead_axis(shape)
     rows, inner = shape[axis], tuple(max(extent, 1) for extent in shape[axis + 1 :])
     row_bytes = itemsize * math.prod(inner)
-    n_chunks = -(-rows * row_bytes // TARGET_CHUNK_BYTES)
+    n_chunks = -(-rows * row_bytes // target_bytes)
     chunk_rows = max(rows, 1)
     if n_chunks > 1:
         chunk_rows = -(-rows // n_chunks)
-        align_rows = ALIGN_BYTES // math.gcd(ALIGN_BYTES, row_bytes)
+        align_rows = align_bytes // math.gcd(align_bytes, row_bytes)
         # A few more and smaller chunks often leave no padding where the first choice would.
         for wanted in range(n_chunks, n_chunks + n_chunks // 4 + 2):
             aligned = -(-rows // wanted // align_rows) * align_rows
-            fits = aligned <= rows and aligned * row_bytes <= 2 * TARGET_CHUNK_BYTES
-            if fits and -rows % aligned <= rows * _MAX_PADDING:
+            fits = aligned <= rows and aligned * row_bytes <= 2 * target_bytes
+            if fits and -rows % aligned <= rows * max_padding:
                 chunk_rows = aligned
                 break
     return (1,) * axis + (chunk_rows,) + inner
@@ -199,6 +217,7 @@ class Store(Mapping[str, TensorInfo]):
         total_bytes: Bytes of the distinct tensors.
         root: Absolute path of the directory, or None if it is not a directory that litrt reads itself.
         is_local: Whether there is such a directory.
+        compression: What `convert` measured and decided where it was told to compress, as `docs/format.md` has it.
     """
 
     def __init__(
@@ -210,8 +229,10 @@ class Store(Mapping[str, TensorInfo]):
         *,
         root: str | None,
         open_group: Callable[[], zarr.Group],
+        compression: dict[str, Any] | None = None,
     ) -> None:
         self.path = path
+        self.compression = compression
         self.aliases = aliases
         self.total_bytes = sum(info.nbytes for info in infos.values())
         self.root = root
@@ -329,7 +350,7 @@ def _open_local(label: str, root: Path) -> Store:
     def open_group() -> zarr.Group:
         return _open_group(LocalStore(root, read_only=True))
 
-    group: list[zarr.Group] = []  # opened for the first array that is not direct
+    group: list[zarr.Group] = []  # opened for the first array that litrt does not read itself
 
     def info(name: str) -> TensorInfo | None:
         node = node_name(name)
@@ -415,7 +436,16 @@ def _make_store(
             else f"{label} is incomplete: {shortfall}. Files were deleted or a copy was interrupted: "
             "copy the store again, or run litrt convert again."
         )
-    return Store(label, names, infos, dict(aliases), root=root, open_group=open_group)
+    compression = header.get("compression")
+    return Store(
+        label,
+        names,
+        infos,
+        dict(aliases),
+        root=root,
+        open_group=open_group,
+        compression=compression if isinstance(compression, dict) else None,
+    )
 
 
 def _litrt_attributes(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -434,7 +464,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 
 
 def _direct_info(name: str, node: str, array: dict[str, Any]) -> TensorInfo | None:
-    """Returns the entry of an array whose chunk files can be read as they are, or None for any other."""
+    """Returns the entry of an array whose chunk files litrt reads itself, or None for any other."""
     shape, codecs = tuple(array.get("shape", ())), array.get("codecs")
     dtype = _torch_dtype(array.get("attributes", {}), str(array.get("data_type")))
     if dtype is None or array_dtype(dtype) != array.get("data_type"):
@@ -444,10 +474,13 @@ def _direct_info(name: str, node: str, array: dict[str, Any]) -> TensorInfo | No
     grid, grid_options = _extension(array.get("chunk_grid"))
     keys, key_options = _extension(array.get("chunk_key_encoding"))
     chunks = tuple(grid_options.get("chunk_shape", ()))
+    chain = [_extension(codec) for codec in codecs]
+    is_packed = [name for name, _ in chain] == ["bytes", "blosc", "crc32c"]
     is_plain = (
         (grid, keys, key_options.get("separator", "/")) == ("regular", "default", "/")
-        and [_extension(codec)[0] for codec in codecs] == ["bytes", "crc32c"]
-        and (dtype.itemsize == 1 or _extension(codecs[0])[1].get("endian") == "little")
+        and (is_packed or [name for name, _ in chain] == ["bytes", "crc32c"])
+        and (dtype.itemsize == 1 or chain[0][1].get("endian") == "little")
+        and not (is_packed and chain[1][1].get("blocksize", 0) > MAX_BLOCK_BYTES)
     )
     axis = lead_axis(shape)
     expected = tuple(max(extent, 1) for extent in shape)
@@ -461,7 +494,10 @@ def _direct_info(name: str, node: str, array: dict[str, Any]) -> TensorInfo | No
         blocks = blocks_of(told, n_rows, nbytes // n_rows, chunk_rows) if nbytes else None
     except ValueError as error:
         raise StoreError(f"the attributes of {name!r} are damaged: {error}. Run litrt convert again.") from error
-    return TensorInfo(name, shape, dtype, nbytes, node, chunk_rows, True, math.prod(chunks) * dtype.itemsize, blocks)
+    chunk_bytes = math.prod(chunks) * dtype.itemsize
+    return TensorInfo(
+        name, shape, dtype, nbytes, node, chunk_rows, not is_packed, chunk_bytes, packed=is_packed, blocks=blocks
+    )
 
 
 def _extension(value: object) -> tuple[object, dict[str, Any]]:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traces import chain, traces
 
-from bench import machine, peers, sweep
+from bench import compression, machine, peers, sweep
 from bench.data import Data, RandomWeights, Saved
 from bench.models import KINDS, ModelSpec, model_ctor
 from bench.plot import of_samples, of_simulated, spread_out
@@ -29,6 +29,7 @@ from bench.table import budgets as budgets_table
 from bench.table import peers as peers_table
 from bench.traces import as_json, from_json
 from bench.workload import MODES, Workload, digest
+from litrt.compression import CODECS, SETTINGS, encode
 from litrt.plan import make_plan
 from litrt.policy import lru_streamed_bytes
 from litrt.trace import Segment, Trace, Use
@@ -368,7 +369,7 @@ def test_labels_are_moved_apart_and_no_further() -> None:
     assert spread_out([0.3, 0.45, 0.5], 0.1) == pytest.approx([0.3, 0.425, 0.525])
 
 
-@pytest.mark.parametrize("command", ["sweep", "plot", "table", "simulate", "record"])
+@pytest.mark.parametrize("command", ["sweep", "plot", "table", "simulate", "record", "reader", "compression"])
 def test_every_command_explains_itself(command: str, capsys: Any) -> None:
     from bench.__main__ import main
 
@@ -376,3 +377,46 @@ def test_every_command_explains_itself(command: str, capsys: Any) -> None:
         main([command, "--help"])
     assert ended.value.code == 0
     assert f"python -m bench {command}" in capsys.readouterr().out
+
+
+# What the reader and the codecs do without a model.
+
+
+def test_the_reader_benchmark_reads_every_store_at_every_number_of_threads(tmp_path: Path) -> None:
+    out = tmp_path / "reader.json"
+    command = [sys.executable, "-m", "bench", "reader", "--folder", str(tmp_path), "--out", str(out)]
+    command += ["--gb", "0.07", "--repeats", "1", "--threads", "1,3"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    report = json.loads(out.read_text())
+    assert [row["n_threads"] for row in report["results"]] == [1, 3]
+    assert list(report["results"][1]["samples"]) == [
+        "raw",
+        *(f"{codec}, {most} at once" for codec in ("none", "lz4") for most in (2, 3)),
+    ]
+    assert report["n_bytes"] == 4096 * 4096 * 4
+    assert report["lz4"]["stored_bytes"] < report["n_bytes"]
+    assert "3 threads: raw " in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["reader.json"]
+
+
+def test_the_compression_benchmark_measures_what_stores_are_written_with() -> None:
+    values = torch.randn(300, 1000) * 0.02
+    rows = compression.measure("bfloat16", [values], 2, 1)
+    assert [row["codec"] for row in rows if row["used"]] == list(CODECS)
+    for row, codec in zip(rows, CODECS, strict=False):
+        chunk = values.bfloat16().flatten().view(torch.uint8).numpy()
+        assert row["ratio"] == len(chunk) / len(encode(chunk, codec, 2))
+        assert f"ratio {row['ratio']:.3f}" in compression.line(row)
+
+
+def test_the_recorded_ratios_are_of_the_settings_that_stores_have() -> None:
+    report = json.loads((ROOT / "bench" / "results" / "compression-minilm.json").read_text())
+    for codec, chosen in SETTINGS.items():
+        found = [row for row in report["results"] if row["codec"] == codec and row["used"]]
+        assert [row["dtype"] for row in found] == ["float32", "bfloat16", "float16", "float8_e4m3fn"]
+        for row in found:
+            assert (row["level"], row["shuffle"], row["block_bytes"]) == (
+                chosen.level,
+                chosen.shuffle,
+                chosen.block_bytes,
+            )

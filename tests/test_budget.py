@@ -352,7 +352,7 @@ def test_decode_scratch_is_part_of_the_budget(make_store: MakeStore) -> None:
     path = make_store(plain, compress="lz4")
     largest = plain.wide.weight.nbytes
     per_thread = scratch_of(path, 1)
-    assert per_thread >= 2 * largest, "a chunk as it is stored, and decoded"
+    assert per_thread > largest, "a chunk as it is stored, and what Blosc needs"
     for n_threads in (1, 3):
         needed = n_threads * per_thread + -(-largest // PAGE_BYTES) * PAGE_BYTES
         with pytest.raises(litrt.BudgetError, match=f"{n_threads * per_thread} of them scratch") as caught:

@@ -26,8 +26,9 @@ from zarr.storage import LocalStore
 
 from litrt import reader as reader_module
 from litrt.convert import convert
+from litrt.crc import extend_crc
 from litrt.errors import CorruptWeightError, WeightNotFoundError
-from litrt.reader import Piece, Reader, extend_crc
+from litrt.reader import Piece, Reader
 from litrt.store import open_store
 
 GUARD = 0xA5
@@ -169,6 +170,7 @@ def test_compressed_and_zipped_stores_have_the_same_values(compress: str | None,
     if packed:
         store = open_store(shutil.make_archive(str(tmp_path / "s"), "zip", tmp_path / "s.zarr"))
     assert store["a"].direct == (not packed and compress is None)
+    assert store["a"].packed == (not packed and compress is not None)
     reader = Reader(store)
     for name, tensor in weights.items():
         found = reader.read_tensor(name)
@@ -241,17 +243,6 @@ def test_damage_is_an_error_that_names_the_tensor_and_the_file(path: Path, way: 
 def test_damage_to_padding_alone_harms_nothing(path: Path, way: str) -> None:
     damage(path / "w/c/1/0", "flip padding")
     assert torch.equal(Reader(open_store(path)).read_tensor("w").flatten(), torch.arange(10_000.0))
-
-
-@pytest.mark.parametrize("compress", ["lz4", "zstd"])
-@pytest.mark.parametrize("how", ["delete", "truncate", "flip first", "flip crc"])
-def test_damage_to_a_compressed_store_is_an_error(tmp_path: Path, compress: str, how: str) -> None:
-    store = convert({"w": torch.randn(300, 70)}, tmp_path / "s.zarr", compress=compress, progress=False)
-    said = damage(tmp_path / "s.zarr/w/c/0/0", how)
-    said = "w/c/0/0 is missing" if how == "delete" else r"cannot be decoded \("
-    with pytest.raises(CorruptWeightError, match=f"weight 'w': .*{said}") as caught:
-        Reader(store).read_tensor("w")
-    assert caught.value.name == "w"
 
 
 def test_a_shard_that_is_missing_is_not_taken_for_zeros(tmp_path: Path) -> None:
