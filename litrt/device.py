@@ -181,7 +181,7 @@ class CpuDevice:
             with torch.inference_mode(False):
                 return self.tensor(memory, info)
         if not info.nbytes:
-            return torch.empty(info.shape, dtype=info.dtype)
+            return torch.from_numpy(memory).view(info.dtype).view(info.shape)
         return torch.frombuffer(memory, dtype=info.dtype).view(info.shape)
 
     def fill(self, memory: Memory, byte: int, waits: Sequence[Event] = ()) -> None:

@@ -49,6 +49,9 @@ _MIN_ROUNDS = 4
 _AS_FAST = 1 + 1e-4
 """Of two choices whose seconds differ by no more, the one with fewer bytes is better."""
 
+_UNPLACED = 1.01
+"""What loads without addresses are taken to cost more: a place may be in pieces when it is needed."""
+
 _MAX_EXHAUSTIVE = 9
 """Segments up to which every choice is ranked."""
 
@@ -99,7 +102,7 @@ class _Search:
             seen.update(use.segments)
         self.best = self.used
         self.best_schedule = step_by_step(trace, self.used)
-        self.best_cost = (pass_s(trace, self.best_schedule), self.best_schedule.streamed_bytes)
+        self.best_cost = (float("inf"), 0)
         self._work = 0
         self._ranked: dict[frozenset[int], tuple[tuple[float, int], Schedule]] = {}
         self._seen: set[frozenset[int]] = set()
@@ -123,9 +126,11 @@ class _Search:
         schedule = self._ranked.pop(streamed)[1]
         self._work += _LAYOUT_WORK * len(schedule.loads)
         placed = best_layout(self.trace, schedule, self.window_bytes(streamed))
-        if placed is None:
+        if placed is not None:
+            cost = (pass_s(self.trace, placed), placed.streamed_bytes)
+        else:
             placed = step_by_step(self.trace, streamed)
-        cost = (pass_s(self.trace, placed), schedule.streamed_bytes)
+            cost = (pass_s(self.trace, placed) * _UNPLACED, placed.streamed_bytes)
         if not _better(cost, self.best_cost):
             return False
         self.best, self.best_schedule, self.best_cost = streamed, placed, cost
