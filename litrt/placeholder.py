@@ -12,7 +12,7 @@ reference to it, also one taken in a constructor, becomes a plain tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn, Self
 
 import torch
@@ -304,12 +304,12 @@ def _call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
     real_args: Any = None
     real_kwargs: Any = None
     try:
-        borrowed.borrow(lambda: _placeholders((args, kwargs)))
+        borrowed.borrow(lambda: _placeholders((*args, *kwargs.values())))
         if not borrowed:  # placeholders in a container that we do not look into: met again further down
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         real_args, real_kwargs = _replace(args, borrowed), _replace(kwargs, borrowed)
-        with torch.no_grad(), _no_autocast_cache():
+        with torch.no_grad(), _no_autocast_cache() if torch._C._is_any_autocast_enabled() else nullcontext():
             result = func(*real_args, **real_kwargs)
         borrowed.check_unwritten(func)
         return borrowed.without_aliases(result)
@@ -329,15 +329,17 @@ def _no_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(was_enabled)
 
 
-def _placeholders(value: Any) -> Iterator[Placeholder]:
-    if isinstance(value, Placeholder):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _placeholders(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _placeholders(item)
+def _placeholders(values: Iterable[Any]) -> list[Placeholder]:
+    """Returns the placeholders among `values`, and in the lists, tuples and dicts among them."""
+    found: list[Placeholder] = []
+    for value in values:
+        if isinstance(value, Placeholder):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _placeholders(value)
+        elif isinstance(value, dict):
+            found += _placeholders(value.values())
+    return found
 
 
 def _replace(value: Any, reals: Borrowed) -> Any:

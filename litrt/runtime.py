@@ -31,7 +31,7 @@ from litrt.stats import Stats
 from litrt.store import Store, TensorInfo, floating_dtype, open_store
 from litrt.tables import with_room
 from litrt.trace import Trace, Use
-from litrt.tune import tune
+from litrt.tune import Tuning, tune
 from litrt.units import parse_bytes
 
 _WARMUP_SHARE = 0.5
@@ -125,6 +125,7 @@ class Runtime:
         slot_bytes = {name: part_bytes(opened[name], infos[indices[name]]) for name in named if opened[name].nbytes}
         table_indices = frozenset(indices[name] for name in {*slot_bytes, *parts})
         self._host: HostTier | None = None
+        self._bandwidth_bps = 0.0  # of the store, where it was measured
         loader: StoreLoader | Link
         if self._device.is_host:
             casts = {
@@ -132,10 +133,11 @@ class Runtime:
             }
             loader = StoreLoader(reader, casts)
             asked_bytes = requested_bytes(budget, sum(info.nbytes for info in infos))
-            n_threads = self._read_threads(n_threads, reader, stored, asked_bytes, loader.scratch_bytes_per_task)
+            tuning = self._tuned(n_threads, reader, stored, asked_bytes, loader.scratch_bytes_per_task)
+            n_threads, self._bandwidth_bps = tuning.n_threads, tuning.bandwidth_bps or 0.0
             scratch_bytes = n_threads * loader.scratch_bytes_per_task
         else:
-            n_threads = self._read_threads(n_threads, reader, stored, host_bytes, reader.scratch_bytes_per_task)
+            n_threads = self._tuned(n_threads, reader, stored, host_bytes, reader.scratch_bytes_per_task).n_threads
             self._host = HostTier(
                 self._device, reader, stored, host_bytes, n_threads, table_indices, slot_bytes.values()
             )
@@ -188,15 +190,13 @@ class Runtime:
             raise
 
     @staticmethod
-    def _read_threads(
+    def _tuned(
         n_threads: int | None, reader: Reader, stored: list[TensorInfo], budget_bytes: int | None, scratch_bytes: int
-    ) -> int:
-        """Returns how many threads read, and tells the reader how many of them at once, where nobody has said."""
-        if n_threads is not None:
-            return n_threads
-        tuning = tune(reader, stored, budget_bytes, scratch_bytes)
+    ) -> Tuning:
+        """Returns with how many threads to read, and tells the reader how many of them at once."""
+        tuning = tune(reader, stored, budget_bytes, scratch_bytes, n_threads=n_threads)
         reader.n_in_flight = tuning.n_in_flight
-        return tuning.n_threads
+        return tuning
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module: one pass. The first one is recorded, unless `warmup` was called."""
@@ -348,6 +348,8 @@ class Runtime:
 
     def _make_plan(self, uses: list[Use]) -> None:
         bandwidth_bps, latency_s = self._pipeline.measured()
+        # Loads on demand take turns with computing, into memory that is touched for the first time: they are slower.
+        bandwidth_bps = max(bandwidth_bps, self._bandwidth_bps)
         self._fit_arena()
         if isinstance(self._loader, Link):
             used_bytes = Trace(self._settled.segments, tuple(uses), 1.0).used_bytes

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from litrt.device import Bytes, CpuDevice
 from litrt.errors import CorruptWeightError
@@ -42,10 +42,12 @@ class Tuning:
     Attributes:
         n_threads: Threads that read, check and decode.
         n_in_flight: How many of them may wait for the disk at once.
+        bandwidth_bps: Bytes per second that were read so, where that was measured.
     """
 
     n_threads: int
     n_in_flight: int
+    bandwidth_bps: float | None = field(default=None, compare=False)
 
 
 LOCAL = Tuning(2, 2)
@@ -59,8 +61,8 @@ REMOTE = Tuning(8, 8)
 
 Measure = Callable[[Reader, Sequence[Piece], Tuning], float]
 
-_chosen: dict[tuple[str, int, int], Tuning] = {}
-"""What was chosen in this process, by the store and by the most threads that could be."""
+_chosen: dict[tuple[str, int, tuple[Tuning, ...]], Tuning] = {}
+"""What was chosen in this process, by the store and by what there was to choose from."""
 
 
 def candidates(most_threads: int) -> list[Tuning]:
@@ -88,6 +90,7 @@ def tune(
     budget_bytes: int | None,
     scratch_bytes: int,
     *,
+    n_threads: int | None = None,
     measure: Measure | None = None,
 ) -> Tuning:
     """Returns how to read weights.
@@ -97,35 +100,38 @@ def tune(
         infos: The weights that will be read, as they are stored.
         budget_bytes: What scratch, and the memory to measure with, are part of; None where it is as small as can be.
         scratch_bytes: What each thread needs beside the destination.
+        n_threads: Threads that were asked for: nothing is left to choose, but their bandwidth is measured.
         measure: Returns bytes per second; by default it reads pieces of the store for a moment.
     """
+    asked = Tuning(n_threads, n_threads) if n_threads is not None else None
     room_bytes = int((budget_bytes or 0) * _SCRATCH_SHARE)
     if not reader.store.is_local and not os.path.isfile(reader.store.path):
-        return REMOTE if REMOTE.n_threads * scratch_bytes <= room_bytes else THROUGH_ZARR
+        return asked or (REMOTE if REMOTE.n_threads * scratch_bytes <= room_bytes else THROUGH_ZARR)
     if not all(info.direct or info.packed for info in infos):
-        return THROUGH_ZARR
+        return asked or THROUGH_ZARR
     pieces = [piece for info in infos for piece in reader.pieces(info.name) if piece.nbytes >= _PIECE_BYTES]
     n_bytes = sum(info.nbytes for info in infos)
     if budget_bytes is None or budget_bytes >= n_bytes or sum(piece.nbytes for piece in pieces) < _LEAST_BYTES:
-        return LOCAL  # what is read once, or in no time, is read before it is known how to read it best
+        return asked or LOCAL  # what is read once, or in no time, is read before it is known how to read it best
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = min(n_cpus + 2, 8, room_bytes // max(scratch_bytes, 1))
     # What is read to measure is held for a moment, and the budget holds for it as well.
-    most = min(most, budget_bytes // (scratch_bytes + max(piece.nbytes for piece in pieces)))
-    if most <= LOCAL.n_threads:
-        return LOCAL
+    most_held = budget_bytes // (scratch_bytes + max(piece.nbytes for piece in pieces))
+    tunings = [tuning for tuning in ([asked] if asked else candidates(most)) if tuning.n_threads <= most_held]
+    if not tunings:
+        return asked or LOCAL
     assert reader.store.root is not None
-    key = (os.path.realpath(reader.store.root), os.stat(reader.store.root).st_ino, most)
+    key = (os.path.realpath(reader.store.root), os.stat(reader.store.root).st_ino, tuple(tunings))
     if key not in _chosen:
-        _chosen[key] = _measured(reader, pieces, most, measure or read_bps)
+        _chosen[key] = _measured(reader, pieces, tunings, measure or read_bps)
     return _chosen[key]
 
 
-def _measured(reader: Reader, pieces: Sequence[Piece], most_threads: int, measure: Measure) -> Tuning:
+def _measured(reader: Reader, pieces: Sequence[Piece], tunings: list[Tuning], measure: Measure) -> Tuning:
     began_s = time.perf_counter()
     spread = _spread(pieces)
     best_bps: dict[Tuning, float] = {}
-    for number, tuning in enumerate(candidates(most_threads) * _ROUNDS):
+    for number, tuning in enumerate(tunings * _ROUNDS):
         # A slow disk takes long for a piece: it is not measured any longer than a fast one.
         spent_s = time.perf_counter() - began_s
         if number and spent_s + spent_s / number > _TOTAL_S:
@@ -134,10 +140,11 @@ def _measured(reader: Reader, pieces: Sequence[Piece], most_threads: int, measur
         try:
             bps = measure(reader, [*spread[start:], *spread[:start]], tuning)
         except CorruptWeightError:
-            return LOCAL  # raised again where the weight is used
+            return tunings[0]  # raised again where the weight is used
         # Whatever else the machine does makes a measurement slower, never faster.
         best_bps[tuning] = max(best_bps.get(tuning, 0.0), bps)
-    return choose(best_bps.items()) if len(best_bps) > 1 else LOCAL
+    chosen = choose(best_bps.items()) if len(best_bps) > 1 else tunings[0]
+    return replace(chosen, bandwidth_bps=best_bps.get(chosen))
 
 
 def _spread(pieces: Sequence[Piece]) -> list[Piece]:
