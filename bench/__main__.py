@@ -11,6 +11,7 @@ COMMANDS = {
     "table": "the tables of the README, or of a sweep",
     "simulate": "the same picture from a trace and a bandwidth, without a machine",
     "record": "the trace of a model, for simulate",
+    "overhead": "what litrt costs per call of a module",
     "reader": "how fast stores are read, beside the disk",
     "compression": "what lossless codecs do to trained weights",
 }

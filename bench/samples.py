@@ -102,7 +102,7 @@ class Samples:
             return None  # each pass of a generation has other experts
         plain = self.spread(self.of("plain"))
         if not self.traces:
-            return self._simple_bound_s(budget_bytes, plain)
+            return None
         bounds = []
         for trace in self.traces:
             sizes, seconds = groups(trace)
@@ -111,13 +111,6 @@ class Samples:
                 seconds = seconds * (plain.median_s / seconds.sum())
             bounds.append(min_pass_s(sizes, seconds, budget_bytes, bandwidth_bps))
         return min(bounds)
-
-    def _simple_bound_s(self, budget_bytes: int, plain: Spread | None) -> float | None:
-        """Returns the bound of a file without traces: the longer of compute and of the fewest bytes."""
-        moved = [cell["bound_bytes_per_pass"] for cell in self.of("litrt") if cell["budget_bytes"] == budget_bytes]
-        if not moved or plain is None or self.disk_bps is None:
-            return None
-        return max(plain.median_s, float(statistics.median(moved)) / self.disk_bps)
 
 
 def read(path: Path) -> Samples:

@@ -138,7 +138,8 @@ class _Search:
 
     def lay_out_ranked(self, work: int) -> None:
         """Gives addresses to what was ranked, best first, until none of the rest can be better."""
-        ranked = sorted(self._ranked.items(), key=lambda item: item[1][0])
+        fastest_s = min((cost[0] for cost, _ in self._ranked.values()), default=0.0) * _AS_FAST
+        ranked = sorted(self._ranked.items(), key=lambda item: (max(item[1][0][0], fastest_s), item[1][0][1]))
         for number, (streamed, (cost, _)) in enumerate(ranked):
             if cost[0] > self.best_cost[0] * _AS_FAST or (self._work > work and number >= _MIN_ROUNDS):
                 break

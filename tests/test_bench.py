@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -352,15 +353,43 @@ def test_a_simulation_shows_the_cliff_of_lru_and_the_plan_near_the_bound() -> No
     assert [len(curve.points) for curve in of_simulated(panel).curves] == [3] * (1 + len(RIVALS))
 
 
-def test_a_trace_of_a_sweep_is_simulated_as_it_was_recorded(swept: tuple[Path, str, int]) -> None:
+@pytest.mark.parametrize("shape", ["llama8b", "uniform", "random", "convnet"])
+@pytest.mark.parametrize("ratio", [0.1, 1.0])
+def test_plans_are_near_the_bound_at_every_budget(shape: str, ratio: float) -> None:
+    # Measured: up to 1.06, and 1.12 at 90 %. The bound is a closed form, up to 5 % below the best there is.
+    trace = on(SHAPES[shape](), MACHINES["disk"], ratio * SHAPES[shape]().used_bytes / MACHINES["disk"].bandwidth_bps)
+    for share, most in ((0.3, 1.07), (0.6, 1.07), (0.9, 1.13)):
+        plan = make_plan(trace, int(share * trace.used_bytes))
+        assert plan.bound_s * (1 - 1e-9) <= plan.pass_s <= most * plan.bound_s
+        assert all(load.offset is not None for load in plan.loads)
+
+
+def test_plans_are_no_slower_than_other_schedules_of_random_traces() -> None:
+    # Others are given memory without gaps, a plan has addresses. Of few and large weights Belady's rule can keep a
+    # different one in every pass, which a plan, the same in every pass, cannot: so those are not drawn.
+    for seed in range(20):
+        draw = random.Random(seed)
+        trace = SHAPES["random"](draw.randint(16, 40), seed)  # type: ignore[call-arg]
+        compute_s = 10 ** draw.uniform(-1.5, 1) * trace.used_bytes / 3.4e9
+        trace = on(trace, MACHINES[draw.choice(["disk", "object"])], compute_s)
+        least = trace.largest_use_bytes / trace.used_bytes
+        budget_bytes = int(trace.used_bytes * draw.uniform(1.1 * least, 0.97))
+        plan = make_plan(trace, budget_bytes)
+        for name, rival in RIVALS.items():
+            assert plan.pass_s <= rival(trace, budget_bytes) * 1.01, (seed, name)
+
+
+def test_a_trace_of_a_sweep_is_simulated_as_it_was_recorded(swept: tuple[Path, str, int], tmp_path: Path) -> None:
     samples: Samples = read(swept[0])
     name, trace = read_trace(swept[0])
     assert name == "GPT-J, 3 layers"
     assert trace == samples.traces[0] == from_json(json.loads(json.dumps(as_json(trace))))
     (panel,) = panels(name, trace, [MACHINES["nvme"]], [], (1.0,), trace.compute_s)
     assert panel.seconds[PLANNED] == [pytest.approx(trace.compute_s)]
+    without = tmp_path / "without.jsonl"
+    without.write_text(swept[0].read_text().splitlines()[0] + "\n")
     with pytest.raises(ValueError, match=r"has no trace"):
-        read_trace(ROOT / "bench" / "results" / "gptj-8-layers-4GB.jsonl")
+        read_trace(without)
 
 
 def test_labels_are_moved_apart_and_no_further() -> None:
@@ -369,7 +398,9 @@ def test_labels_are_moved_apart_and_no_further() -> None:
     assert spread_out([0.3, 0.45, 0.5], 0.1) == pytest.approx([0.3, 0.425, 0.525])
 
 
-@pytest.mark.parametrize("command", ["sweep", "plot", "table", "simulate", "record", "reader", "compression"])
+@pytest.mark.parametrize(
+    "command", ["sweep", "plot", "table", "simulate", "record", "overhead", "reader", "compression"]
+)
 def test_every_command_explains_itself(command: str, capsys: Any) -> None:
     from bench.__main__ import main
 
@@ -407,6 +438,16 @@ def test_the_compression_benchmark_measures_what_stores_are_written_with() -> No
         chunk = values.bfloat16().flatten().view(torch.uint8).numpy()
         assert row["ratio"] == len(chunk) / len(encode(chunk, codec, 2))
         assert f"ratio {row['ratio']:.3f}" in compression.line(row)
+
+
+def test_the_overhead_benchmark_counts_the_calls_that_stream(tmp_path: Path) -> None:
+    from bench import overhead
+
+    found = overhead.measure(12, 16, "50%", 2, tmp_path, profile=False)
+    assert 0 < found["n_streamed_calls"] < 12
+    assert len(found["pass_s"]) == len(found["plain_s"]) == len(found["stall_s"]) == 2
+    assert overhead.measure(3, 16, "100%", 1, tmp_path, profile=False)["n_streamed_calls"] == 0
+    assert f"{found['n_streamed_calls']} streamed calls" in overhead.line(found)
 
 
 def test_the_recorded_ratios_are_of_the_settings_that_stores_have() -> None:
