@@ -12,7 +12,6 @@ on slower ones already, which convert(compress="auto") measures on the disk itse
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from numcodecs import blosc
 
-from bench.machine import described
+from bench.machine import described, write_report
 from litrt.compression import CHUNK_BYTES, CODECS, SETTINGS
 from litrt.crc import Bytes
 
@@ -163,6 +162,5 @@ def main(argv: list[str]) -> int:
         "results": rows,
     }
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(arguments.out, report)
     return 0

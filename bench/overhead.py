@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import json
 import pstats
 import statistics
 import tempfile
@@ -25,7 +24,7 @@ import torch
 from torch import nn
 
 import litrt
-from bench.machine import described
+from bench.machine import described, write_report
 
 
 class Chain(nn.Module):
@@ -109,7 +108,6 @@ def main(argv: list[str]) -> int:
             results.append(measure(*size, budget, arguments.passes, Path(folder), profile=arguments.profile))
             print(line(results[-1]), flush=True)
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         report = {"machine": described(), "layers": arguments.layers, "width": arguments.width, "results": results}
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(arguments.out, report)
     return 0

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import resource
 import statistics
 import tempfile
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 
 import litrt
-from bench.machine import described, read_bps
+from bench.machine import described, read_bps, write_report
 from litrt.device import CpuDevice
 from litrt.reader import Reader
 from litrt.tune import tune
@@ -149,6 +148,5 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     report = measure(arguments)
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(arguments.out, report)
     return 0

@@ -53,10 +53,10 @@ class Timings:
         """Notes a load."""
         self._timings.append((n_bytes, seconds))
 
-    def measured(self, latency_s: float) -> tuple[float, float]:
-        """Returns the bytes per second of loads, and the seconds of a small one, which are `latency_s`."""
+    def bandwidth_bps(self, latency_s: float) -> float:
+        """Returns the bytes per second of loads, of which each takes `latency_s` beside its bytes."""
         timed = list(self._timings)
         total_bytes = sum(n_bytes for n_bytes, _ in timed)
         # At least half of the time counts as transfer, however few bytes there were to measure with.
         total_s = sum(max(seconds - latency_s, seconds / 2) for _, seconds in timed)
-        return max(total_bytes / max(total_s, 1e-9), 1.0), latency_s
+        return max(total_bytes / max(total_s, 1e-9), 1.0)

@@ -118,18 +118,18 @@ def lay_out(schedule: Schedule, segments: Sequence[Segment], height_bytes: int) 
     for rule in RULES:
         bundled: set[int] = set()
         while len(bundled) <= _MAX_BUNDLED:
-            offsets, failed = _offsets(schedule, segments, height_bytes, rule, bundled)
-            if offsets is not None:
-                yield _issued_when_free(schedule, segments, height_bytes, offsets)
+            placed, failed = _placed(schedule, segments, height_bytes, rule, bundled)
+            if placed is not None:
+                yield placed
             if failed is None or failed in bundled:
                 break
             bundled.add(failed)
 
 
-def _offsets(
+def _placed(
     schedule: Schedule, segments: Sequence[Segment], height_bytes: int, rule: Sequence[Where], bundled: set[int]
-) -> tuple[list[int] | None, int | None]:
-    """Returns an offset for each load, or the step for which there was no room.
+) -> tuple[Schedule | None, int | None]:
+    """Returns `schedule` with an offset for each load, or the step for which there was no room.
 
     Two passes are laid out, and the second one is taken: it began with what the first one had left behind.
     """
@@ -137,16 +137,14 @@ def _offsets(
     skyline = Skyline(height_bytes)
     issued_after = _NEVER
     offsets: list[int] = []
-    for base in (0, n_steps, 2 * n_steps):
-        again = base == 2 * n_steps
+    for base in (0, n_steps):
+        offsets.clear()
         beside: tuple[int, int] | None = None  # a step whose loads lie side by side, and where they end
         for number, load in enumerate(schedule.loads):
             segment = segments[load.segment]
             size_bytes = segment.size_bytes
             offset: int | None
-            if again:
-                offset = offsets[number]
-            elif not size_bytes:
+            if not size_bytes:
                 offset = 0
             elif load.first in bundled:
                 start = beside[1] if beside is not None and beside[0] == load.first else 0
@@ -161,25 +159,32 @@ def _offsets(
             if issued_after > base + load.first:
                 return None, load.first
             skyline.take(offset, offset + size_bytes, base + load.last + 1)
-            if base == n_steps:
-                offsets.append(offset)
-    return offsets, None
+            offsets.append(offset)
+    return _issued_when_free(schedule, segments, height_bytes, offsets)
 
 
 def _issued_when_free(
     schedule: Schedule, segments: Sequence[Segment], height_bytes: int, offsets: Sequence[int]
-) -> Schedule:
-    """Returns `schedule` at `offsets`, each load issued once nothing lies in its place any more."""
+) -> tuple[Schedule | None, int | None]:
+    """Returns `schedule` at `offsets`, each load issued once its place is free, or the step that this is too late for.
+
+    The first pass finds what the one before has left behind, the second says when that is gone.
+    """
     n_steps = len(schedule.steps)
     skyline = Skyline(height_bytes)
+    issued_after = _NEVER
     loads: list[Load] = []
     for base in (0, n_steps):
         loads.clear()
         for load, offset in zip(schedule.loads, offsets, strict=True):
             high = offset + segments[load.segment].size_bytes
-            loads.append(replace(load, offset=offset, after=max(load.after, skyline.latest(offset, high) - base)))
+            after = max(load.after, skyline.latest(offset, high) - base)
+            issued_after = max(issued_after, base + after)
+            if issued_after > base + load.first:
+                return None, load.first
             skyline.take(offset, high, base + load.last + 1)
-    return replace(schedule, loads=tuple(loads))
+            loads.append(replace(load, offset=offset, after=after))
+    return replace(schedule, loads=tuple(loads)), None
 
 
 def align_up(value: int, align_bytes: int) -> int:

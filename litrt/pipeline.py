@@ -433,7 +433,8 @@ class Pipeline:
     def measured(self) -> tuple[float, float]:
         """Returns the bytes per second that the store has delivered on demand, and the seconds of a small read."""
         with self._lock:
-            return self._timings.measured(self._reads.latency_s)
+            latency_s = self._reads.latency_s
+            return self._timings.bandwidth_bps(latency_s), latency_s
 
     @property
     def room_bytes(self) -> tuple[int, int]:

@@ -204,15 +204,13 @@ def measured_again(plan: Plan, uses: Sequence[Use], bandwidth_bps: float) -> Pla
         return plan  # it did something else
     schedule = Schedule(tuple(steps), plan.loads, plan.streamed_bytes)
     return replace(
-        _bounded(plan, replace(trace, uses=_slowed(plan, steps))),
-        uses=plan.uses,
+        plan,
+        bound_s=_bounded(plan, replace(trace, uses=_slowed(plan, steps))).bound_s,
         steps=schedule.steps,
         compute_s=trace.compute_s,
         pass_s=pass_s(trace, schedule),
         bandwidth_bps=bandwidth_bps,
         latency_s=0.0,
-        tables=plan.tables,
-        gathered_bytes=plan.gathered_bytes,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 import tempfile
@@ -11,15 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import arrays
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 import zarr
+from arrays import GUARD, page_aligned
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
 from litrt import packed
@@ -28,30 +29,13 @@ from litrt.errors import CorruptWeightError
 from litrt.reader import Reader
 from litrt.store import open_store
 
-GUARD = 0xA5
-DTYPES = ["bool", "int8", "float16", "float32", "float64", "complex64", "bfloat16", "float8_e5m2"]
 CRC = Crc32cCodec()
 
 
-def page_aligned(n_bytes: int) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(mmap.mmap(-1, max(n_bytes, 1)), dtype=np.uint8)[:n_bytes]
-
-
 def write(path: Path, values: npt.NDArray[Any], chunks: tuple[int, ...], dtype: str = "", **blosc: Any) -> None:
-    """Writes a store with one tensor "w" as another program would, with zarr-python alone."""
-    header = {"format": 1, "complete": True, "tensors": ["w"], "aliases": {}}
-    array = zarr.create_group(LocalStore(path), attributes={"litrt": header}).create_array(
-        "w",
-        shape=values.shape,
-        chunks=chunks,
-        dtype=values.dtype,
-        filters=None,
-        serializer=BytesCodec(endian="little"),
-        compressors=[BloscCodec(**({"typesize": values.dtype.itemsize, "cname": "lz4"} | blosc)), CRC],
-        config={"write_empty_chunks": True},
-        attributes={"litrt": {"name": "w", "torch_dtype": dtype or values.dtype.name}},
-    )
-    array[...] = values
+    """Writes a store with one tensor "w", of compressed chunks."""
+    codec = BloscCodec(**({"typesize": values.dtype.itemsize, "cname": "lz4"} | blosc))
+    arrays.write(path, values, dtype, chunks=chunks, compressors=[codec, CRC])
 
 
 def guarded_read(path: Path, n_bytes: int, offset: int = 0) -> npt.NDArray[np.uint8]:
@@ -71,28 +55,9 @@ def guarded_read(path: Path, n_bytes: int, offset: int = 0) -> npt.NDArray[np.ui
     return values
 
 
-@st.composite
-def arrays(draw: st.DrawFn) -> tuple[str, npt.NDArray[Any], tuple[int, ...]]:
-    """A dtype of torch, the array that stores it, of values that compress more or less, and chunks of its rows."""
-    dtype = draw(st.sampled_from(DTYPES))
-    stored = {"bfloat16": "uint16", "float8_e5m2": "uint8"}.get(dtype, dtype)
-    outer = draw(st.lists(st.just(1), max_size=2))
-    shape = (*outer, draw(st.integers(0, 60)), *draw(st.lists(st.integers(0, 300), max_size=2)))
-    if draw(st.integers(0, 9)) == 0:
-        shape = ()
-    top = 2 if dtype == "bool" else draw(st.sampled_from([1, 3, 256]))
-    n_bytes = int(np.prod(shape)) * np.dtype(stored).itemsize
-    raw = np.random.default_rng(draw(st.integers(0, 9))).integers(0, top, n_bytes, dtype=np.uint8)
-    axis = next((axis for axis, extent in enumerate(shape) if extent != 1), 0)
-    chunks = [max(extent, 1) for extent in shape]
-    if shape:
-        chunks[axis] = draw(st.integers(1, max(shape[axis], 1) + 3))
-    return dtype, raw.view(stored).reshape(shape), tuple(chunks)
-
-
 @settings(max_examples=80)
 @given(
-    arrays(),
+    arrays.arrays((1, 3, 256)),
     st.booleans(),
     st.sampled_from([0, 1, 512]),
     st.fixed_dictionaries(

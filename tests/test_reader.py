@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import re
 import shutil
@@ -19,9 +18,10 @@ import numpy.typing as npt
 import pytest
 import torch
 import zarr
+from arrays import GUARD, arrays, page_aligned, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.codecs import BytesCodec
 from zarr.storage import LocalStore
 
 from litrt import reader as reader_module
@@ -30,42 +30,6 @@ from litrt.crc import extend_crc
 from litrt.errors import CorruptWeightError, WeightNotFoundError
 from litrt.reader import Piece, Reader
 from litrt.store import open_store
-
-GUARD = 0xA5
-DTYPES = [
-    "bool",
-    "int8",
-    "uint16",
-    "int64",
-    "float16",
-    "float32",
-    "float64",
-    "complex64",
-    "bfloat16",
-    "float8_e5m2",
-]
-
-
-def page_aligned(n_bytes: int, offset: int = 0) -> npt.NDArray[np.uint8]:
-    """Returns memory that begins `offset` bytes after the start of a page."""
-    return np.frombuffer(mmap.mmap(-1, n_bytes + offset + 4096), dtype=np.uint8)[offset : offset + n_bytes]
-
-
-def write(path: Path, values: npt.NDArray[Any], dtype: str = "", **options: Any) -> None:
-    """Writes a store with one tensor "w" as another program would, with zarr-python alone."""
-    group = zarr.create_group(
-        LocalStore(path),
-        attributes={"litrt": {"format": 1, "complete": True, "tensors": ["w"], "aliases": {}}},
-    )
-    array = group.create_array(
-        "w",
-        shape=values.shape,
-        dtype=values.dtype,
-        config={"write_empty_chunks": True},
-        attributes={"litrt": {"name": "w", "torch_dtype": dtype or values.dtype.name}},
-        **{"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()], "filters": None} | options,
-    )
-    array[...] = values
 
 
 def read_all(reader: Reader, name: str, memory: npt.NDArray[np.uint8]) -> None:
@@ -98,32 +62,12 @@ def needs_direct_io(directory: Path) -> None:
         os.close(fd)
 
 
-@st.composite
-def arrays(draw: st.DrawFn) -> tuple[str, npt.NDArray[Any], tuple[int, ...], int]:
-    """A dtype of torch, the array that stores it, chunks along the lead axis, and an offset in memory."""
-    dtype = draw(st.sampled_from(DTYPES))
-    stored = {"bfloat16": "uint16", "float8_e5m2": "uint8"}.get(dtype, dtype)
-    outer = draw(st.lists(st.just(1), max_size=2))
-    shape = (*outer, draw(st.integers(0, 60)), *draw(st.lists(st.integers(0, 300), max_size=2)))
-    if draw(st.integers(0, 9)) == 0:
-        shape = ()
-    n_bytes = int(np.prod(shape)) * np.dtype(stored).itemsize
-    raw = np.random.default_rng(draw(st.integers(0, 9))).integers(
-        0, 2 if dtype == "bool" else 256, n_bytes, dtype=np.uint8
-    )
-    axis = next((axis for axis, extent in enumerate(shape) if extent != 1), 0)
-    chunks = [max(extent, 1) for extent in shape]
-    if shape:
-        chunks[axis] = draw(st.integers(1, max(shape[axis], 1) + 3))
-    return dtype, raw.view(stored).reshape(shape), tuple(chunks), draw(st.sampled_from([0, 0, 1, 512]))
-
-
 @settings(max_examples=60, deadline=None)
-@given(arrays(), st.booleans())
+@given(arrays(), st.booleans(), st.sampled_from([0, 0, 1, 512]))
 def test_the_fast_path_reads_what_zarr_python_reads(
-    case: tuple[str, npt.NDArray[Any], tuple[int, ...], int], direct: bool
+    case: tuple[str, npt.NDArray[Any], tuple[int, ...]], direct: bool, offset: int
 ) -> None:
-    dtype, values, chunks, offset = case
+    dtype, values, chunks = case
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(reader_module, "DIRECT_MIN_BYTES", 1 if direct else 1 << 60)
         path = Path(directory, "s.zarr")
