@@ -4,7 +4,7 @@ First what is worth most per byte: segments used several times per pass, and tho
 latency. Then water-filling: every use streams what exceeds a common level less what can move while it computes, in
 several variants, each rounded to whole segments with the error carried on to the next use. Some keep all that is large,
 because small segments fill a window better. All are ranked by their seconds in a window without gaps; the fastest are
-given addresses, and the best of these by predicted seconds, then by bytes, is polished by local search.
+given addresses, and the best of these is polished by local search. What reads less is preferred to what reads more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from litrt.bound import Array
 from litrt.layout import best_layout
-from litrt.schedule import Schedule, best_schedule, pass_s, step_by_step
+from litrt.schedule import READ_SHARE, Schedule, best_schedule, pass_s, step_by_step
 from litrt.trace import Trace
 
 _MAX_SUBSET_OF = 8
@@ -46,8 +46,8 @@ _SMALLEST_PREFIX_WINDOW = 0.02
 _MIN_ROUNDS = 4
 """Choices that are laid out even where each has so many loads that `_WORK` is spent."""
 
-_AS_FAST = 1 + 1e-4
-"""Of two choices whose seconds differ by no more, the one with fewer bytes is better."""
+_GAIN = 1e-4
+"""Share of its cost by which a choice has to be better than the best."""
 
 _UNPLACED = 1.01
 """What loads without addresses are taken to cost more: a place may be in pieces when it is needed."""
@@ -85,7 +85,7 @@ def choose_streamed(trace: Trace, budget_bytes: int, seed: int) -> tuple[frozens
 
 
 class _Search:
-    """The best choice so far, by predicted seconds of a pass and then by bytes."""
+    """The best choice so far, by what it costs."""
 
     def __init__(self, trace: Trace, budget_bytes: int) -> None:
         self.trace = trace
@@ -102,13 +102,13 @@ class _Search:
             seen.update(use.segments)
         self.best = self.used
         self.best_schedule = step_by_step(trace, self.used)
-        self.best_cost = (float("inf"), 0)
+        self.best_cost_s = float("inf")
         self._work = 0
-        self._ranked: dict[frozenset[int], tuple[tuple[float, int], Schedule]] = {}
+        self._ranked: dict[frozenset[int], tuple[float, Schedule]] = {}
         self._seen: set[frozenset[int]] = set()
         self._subsets: dict[tuple[int, ...], list[tuple[float, tuple[int, ...]]]] = {}
 
-    def rank(self, streamed: frozenset[int]) -> tuple[float, int] | None:
+    def rank(self, streamed: frozenset[int]) -> float | None:
         """Schedules a choice without addresses, and returns what it would cost; None for one that cannot run."""
         if streamed in self._seen or self.window_bytes(streamed) < 0:
             return None
@@ -117,9 +117,9 @@ class _Search:
         if schedule is None:
             return None
         self._work += len(self.trace.uses) + len(schedule.loads)
-        cost = (pass_s(self.trace, schedule), schedule.streamed_bytes)
-        self._ranked[streamed] = (cost, schedule)
-        return cost
+        cost_s = self.cost_s(schedule)
+        self._ranked[streamed] = (cost_s, schedule)
+        return cost_s
 
     def lay_out(self, streamed: frozenset[int]) -> bool:
         """Gives addresses to a ranked choice, and takes it if it is better than the best; says whether it was."""
@@ -127,24 +127,26 @@ class _Search:
         self._work += _LAYOUT_WORK * len(schedule.loads)
         placed = best_layout(self.trace, schedule, self.window_bytes(streamed))
         if placed is not None:
-            cost = (pass_s(self.trace, placed), placed.streamed_bytes)
+            cost_s = self.cost_s(placed)
         else:
             placed = step_by_step(self.trace, streamed)
-            cost = (pass_s(self.trace, placed) * _UNPLACED, placed.streamed_bytes)
-        if not _better(cost, self.best_cost):
+            cost_s = self.cost_s(placed) * _UNPLACED
+        if not _better(cost_s, self.best_cost_s):
             return False
-        self.best, self.best_schedule, self.best_cost = streamed, placed, cost
+        self.best, self.best_schedule, self.best_cost_s = streamed, placed, cost_s
         return True
+
+    def cost_s(self, schedule: Schedule) -> float:
+        """Returns the seconds of a pass, and those that reading takes from what computes meanwhile."""
+        return pass_s(self.trace, schedule) + READ_SHARE * schedule.streamed_bytes / self.trace.bandwidth_bps
 
     def lay_out_ranked(self, work: int) -> None:
         """Gives addresses to what was ranked, best first, until none of the rest can be better."""
-        fastest_s = min((cost[0] for cost, _ in self._ranked.values()), default=0.0) * _AS_FAST
-        ranked = sorted(self._ranked.items(), key=lambda item: (max(item[1][0][0], fastest_s), item[1][0][1]))
-        for number, (streamed, (cost, _)) in enumerate(ranked):
-            if cost[0] > self.best_cost[0] * _AS_FAST or (self._work > work and number >= _MIN_ROUNDS):
+        ranked = sorted(self._ranked.items(), key=lambda item: item[1][0])
+        for number, (streamed, (cost_s, _)) in enumerate(ranked):
+            if not _better(cost_s, self.best_cost_s) or (self._work > work and number >= _MIN_ROUNDS):
                 break
-            if _better(cost, self.best_cost):
-                self.lay_out(streamed)
+            self.lay_out(streamed)
 
     def window_bytes(self, streamed: frozenset[int]) -> int:
         """Returns what is left of the budget beside what stays."""
@@ -223,7 +225,7 @@ class _Search:
         return tuple(chosen)
 
     def polish(self, rng: random.Random, work: int) -> None:
-        """Toggles or swaps one or two segments as long as that makes a pass faster, or as fast with fewer bytes."""
+        """Toggles or swaps one or two segments as long as that costs less."""
         order = sorted(self.used)
         by_size: dict[int, list[int]] = {}
         for index in order:
@@ -246,15 +248,13 @@ class _Search:
                 change.discard(out)
                 change.add(rng.choice(alike))
             self._work += _PROPOSAL_WORK
-            cost = self.rank(frozenset(change))
-            if cost is not None and _better(cost, self.best_cost) and self.lay_out(frozenset(change)):
+            cost_s = self.rank(frozenset(change))
+            if cost_s is not None and _better(cost_s, self.best_cost_s) and self.lay_out(frozenset(change)):
                 n_fruitless = 0
 
 
-def _better(cost: tuple[float, int], than: tuple[float, int]) -> bool:
-    if cost[0] < than[0] * (1 - 1e-3):
-        return True
-    return cost[0] <= than[0] * _AS_FAST and cost[1] < than[1]
+def _better(cost_s: float, than_s: float) -> bool:
+    return cost_s < than_s * (1 - _GAIN)
 
 
 def _water_levels(search: _Search, kept: frozenset[int], n_levels: int) -> Iterator[Array]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
+from litrt.schedule import READ_SHARE
 from litrt.trace import Trace, Use
 
 _SMALL_SHARE = 0.1
@@ -29,12 +30,17 @@ class Planned(Protocol):
         """Predicted seconds of a pass."""
         ...
 
+    @property
+    def transfer_s(self) -> float:
+        """Seconds of reading in it."""
+        ...
+
 
 P = TypeVar("P", bound=Planned)
 
 
 def best_plan(trace: Trace, budget_bytes: int, make: Callable[[Trace], P]) -> P | None:
-    """Returns the fastest of the plans that use some tables whole and gather rows of the others.
+    """Returns the best of the plans that use some tables whole and gather rows of the others.
 
     What the rows of a table cost in a pass is spared where the table stays. So tables are taken whole in the order of
     the seconds that are spared for the memory that they need: none, all, and as many as fit. A table of which a pass
@@ -69,7 +75,7 @@ def best_plan(trace: Trace, budget_bytes: int, make: Callable[[Trace], P]) -> P 
         # Rows of all of them, there at once, may need more room than the whole of one.
         made = trace.with_whole_tables()
         return make(made) if made.largest_use_bytes <= budget_bytes else None
-    return min(plans, key=lambda plan: plan.pass_s)
+    return min(plans, key=lambda plan: plan.pass_s + READ_SHARE * plan.transfer_s)
 
 
 def _in_order(trace: Trace) -> tuple[list[int], set[int]]:

@@ -50,6 +50,15 @@ def test_a_table_of_which_little_is_needed_is_never_streamed_whole() -> None:
     assert plan.tables == (0,)
 
 
+def test_a_table_does_not_take_the_room_of_weights_that_would_be_read_in_its_place() -> None:
+    # Whole, it spares a gather of a tenth of a second, and nine dense weights stream, hidden by compute.
+    trace = mixture([10], n_dense=10)
+    trace = replace(trace, uses=tuple(replace(use, compute_s=use.compute_s + 5) for use in trace.uses))
+    plan = make_plan(trace, 1_200)
+    assert plan.tables == (0,)
+    assert plan.streamed_bytes == 10
+
+
 def test_a_table_of_which_most_is_needed_is_fetched_ahead() -> None:
     # Gathered, it takes nine seconds in which nothing computes; whole, one that is hidden.
     trace = replace(mixture([900], n_dense=40), bandwidth_bps=1_000.0)
