@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from litrt.placeholder import Borrowed, Placeholder, Unseen
+from litrt.borrow import Borrowed
+from litrt.placeholder import Placeholder, Unseen
 
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 
 def written(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
@@ -15,11 +16,33 @@ def written(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
     """
     if isinstance(func, torch._ops.OpOverload):
         yield from written_by_schema(func, args, kwargs)
+        yield from _statistics(func, args, kwargs)
         return
     yield from _flat(kwargs.get("out"))
-    name = getattr(func, "__name__", "")
-    if func in _WRITERS or kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__")):
+    if kwargs.get("inplace") is True or _writes_by_name(func):
         yield from _flat(args[0] if args else next(iter(kwargs.values()), None))
+    yield from _statistics(func, args, kwargs)
+
+
+def may_write(func: Callable[..., Any]) -> bool:
+    """Says whether `func` writes to arguments in some calls, beside `out=` and `inplace=`."""
+    return _writes_by_name(func) or func in _STATISTICS
+
+
+def _writes_by_name(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return func in _WRITERS or (name.endswith("_") and not name.endswith("__"))
+
+
+def _statistics(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """Yields the running statistics that a normalization updates: neither schemas nor versions tell that it does."""
+    names = _STATISTICS.get(func)
+    if names is None:
+        return
+    given = {"use_input_stats": True, **dict(zip(names.split(), args, strict=False)), **kwargs}
+    if given.get("training" if "training" in names else "use_input_stats"):
+        yield given.get("running_mean")
+        yield given.get("running_var")
 
 
 def written_by_schema(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
@@ -112,6 +135,17 @@ REQUIRES_GRAD_GET = REQUIRES_GRAD.__get__
 GRAD_SETTERS = frozenset({torch.Tensor.requires_grad_, REQUIRES_GRAD.__set__})
 
 _aten = torch.ops.aten
+_STATISTICS: dict[Callable[..., Any], str] = {
+    F.batch_norm: "input running_mean running_var weight bias training",
+    F.instance_norm: "input running_mean running_var weight bias use_input_stats",
+    **dict.fromkeys(
+        (torch.batch_norm, torch.native_batch_norm, _aten.native_batch_norm.default, _aten.cudnn_batch_norm.default),
+        "input weight bias running_mean running_var training",
+    ),
+    torch.instance_norm: "input weight bias running_mean running_var use_input_stats",
+}
+"""Normalizations that may update running statistics, with the names of their first arguments."""
+
 DISPATCH_VIEWS = frozenset(
     {
         _aten.detach.default,

@@ -48,6 +48,11 @@ class Request:
         return rows.view(self.shape).permute(axes)
 
 
+def may_take_rows(func: Callable[..., Any]) -> bool:
+    """Says whether some calls of `func` take rows of a table, or matrices of a stack."""
+    return func in _TABLE_AT or func in _GROUPED
+
+
 def table_of(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Returns the table that a call takes rows of, or None where it does something else."""
     position = _TABLE_AT.get(func)

@@ -18,7 +18,7 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 
 LAYERS: dict[str, tuple[str, ...]] = {
     "base": ("errors", "units"),
-    "pure": ("trace", "tables", "stats", "cursor", "log", "bound", "policy", "schedule", "layout", "residency", "plan"),
+    "pure": ("trace", "stats", "cursor", "log", "bound", "policy", "schedule", "tables", "layout", "residency", "plan"),
     "edges": (
         "blocks",
         "crc",
@@ -45,7 +45,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "convert",
     ),
     "moving": ("arena", "cache", "bindings", "parts", "follower", "pipeline", "link"),
-    "model": ("rows", "placeholder", "frames", "residents", "skeleton"),
+    "model": ("rows", "borrow", "placeholder", "frames", "residents", "skeleton"),
     "wiring": ("runtime",),
     "top": ("testing", "demo", "cli", "__init__"),
 }

@@ -33,6 +33,12 @@ class Model(nn.Module):
         return self.norm(self.b(self.a(x)))
 
 
+@pytest.fixture(autouse=True, params=[True, False], ids=["gradients", "no gradients"])
+def gradients(request: pytest.FixtureRequest) -> Iterator[None]:
+    with torch.set_grad_enabled(request.param):
+        yield
+
+
 @pytest.fixture
 def plain() -> nn.Module:
     return Model().eval()
@@ -158,10 +164,68 @@ WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
 def test_a_write_is_refused_with_the_name_of_the_weight(
     name: str, rt: litrt.Runtime, w: torch.Tensor, real: torch.Tensor
 ) -> None:
-    with torch.no_grad(), pytest.raises(litrt.WeightWriteError, match=r"'a\.weight'.*read-only") as caught:
+    with pytest.raises(litrt.WeightWriteError, match=r"'a\.weight'.*read-only") as caught:
         WRITES[name](w)
     assert caught.value.name == "a.weight"
     assert torch.equal(w + 0, real)
+
+
+def doubled_sum(w: torch.Tensor) -> torch.Tensor:
+    """Writes to its argument, and says so nowhere."""
+    if torch.overrides.has_torch_function_unary(w):
+        return torch.overrides.handle_torch_function(doubled_sum, (w,), w)
+    return w.mul_(2).sum()
+
+
+def test_a_function_that_does_not_say_that_it_writes_is_refused(w: torch.Tensor, real: torch.Tensor) -> None:
+    with pytest.raises(litrt.WeightWriteError, match=r"'a\.weight'.*doubled_sum"):
+        doubled_sum(w)
+    assert torch.equal(w + 0, real)
+
+
+STATISTICS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]] = {
+    "batch norm": lambda x, mean, var: F.batch_norm(x, mean, var, training=True),
+    "batch norm of torch": lambda x, mean, var: torch.batch_norm(x, None, None, mean, var, True, 0.1, 1e-5, False),
+    "batch norm through dispatch": lambda x, mean, var: torch.ops.aten.native_batch_norm.default(
+        x, None, None, mean, var, True, 0.1, 1e-5
+    ),
+    "instance norm": lambda x, mean, var: F.instance_norm(x[None], mean[:4], var[:4]),
+    "instance norm of torch": lambda x, mean, var: torch.instance_norm(
+        x[None], None, None, mean[:4], var[:4], True, 0.1, 1e-5, False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_a_kernel_that_does_not_say_that_it_updates_statistics_is_refused(
+    name: str, rt: litrt.Runtime, plain: nn.Module
+) -> None:
+    norm, x = rt.module.norm, torch.randn(4, WIDTH)
+    with pytest.raises(litrt.WeightWriteError, match=r"'norm\.running_mean'.*_norm"):
+        STATISTICS[name](x, norm.running_mean, norm.running_var)
+    assert torch.equal(norm.running_mean + 0, plain.norm.running_mean)
+    assert torch.equal(norm.running_var + 0, plain.norm.running_var)
+    assert torch.equal(norm(x), plain.norm(x)), "which uses them and updates nothing"
+
+
+RETURNED: dict[str, Callable[[torch.Tensor], Any]] = {
+    "positive": torch.positive,
+    "resolve_conj": torch.resolve_conj,
+    "dropout": lambda w: F.dropout(w, 0.5, False),
+    "in a list": lambda w: torch.broadcast_tensors(w, torch.ones(1))[0],
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_an_operator_that_returns_what_it_was_given_returns_a_placeholder(
+    name: str, rt: litrt.Runtime, w: torch.Tensor, real: torch.Tensor
+) -> None:
+    returned = RETURNED[name](w)
+    assert isinstance(returned, Placeholder)
+    with pytest.raises(litrt.WeightWriteError):
+        returned.zero_()
+    rt.module.b(torch.randn(1, WIDTH))  # where the budget is so small, it takes the place of the other
+    assert torch.equal(returned + 0, real)
 
 
 def test_a_kernel_that_updates_statistics_is_refused(rt: litrt.Runtime) -> None:

@@ -189,6 +189,27 @@ def test_passes_of_the_module_are_passes_of_the_runtime(path: Path, plain: nn.Mo
         assert rt.stats().n_passes == 2
 
 
+def test_an_operator_that_evicts_what_it_uses_gets_it_back(make_store: MakeStore) -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Parameter(torch.randn(128, 128)) for _ in range(3))
+
+        def forward(self, x: torch.Tensor, unplanned: bool = False) -> torch.Tensor:
+            return self.c @ self.a @ x if unplanned else self.b @ (self.a @ x)
+
+    plain = Products().eval().requires_grad_(False)
+    x = torch.randn(128, 1)
+    with litrt.Runtime(Products, make_store(plain), budget=5 * plain.a.nbytes // 2) as rt:
+        rt.warmup(x)
+        assert rt.plan is not None
+        assert sorted(rt.plan.segments[index].name for index in rt.plan.resident) == ["a", "b"]
+        assert rt.plan.streamed_bytes == 0
+        for unplanned in (False, True, False, True, True, False):
+            assert torch.equal(rt(x, unplanned), plain(x, unplanned))
+        assert rt.stats().peak_bytes <= rt.stats().budget_bytes
+
+
 @pytest.mark.parametrize("budget", ["min", "50%", "100%"])
 def test_a_second_warmup_plans_anew_for_another_input(budget: str, make_store: MakeStore) -> None:
     class TwoPaths(nn.Module):
