@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from litrt.crc import Bytes, extend_crc
+from litrt.directio import StoppedError, fill, is_on_page
 from litrt.errors import CorruptWeightError
-from litrt.reader import Piece, Reader, check_size, corrupt, fill, fill_direct
+from litrt.reader import Piece, Reader, check_size, corrupt
 from litrt.store import ALIGN_BYTES
-
-_O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +63,8 @@ def read_run(reader: Reader, run: Run, part: Bytes) -> None:
         return
     info = reader.store[run.name]
     try:
-        aligned = (run.offset | run.nbytes | part.ctypes.data) % ALIGN_BYTES == 0
-        if not (aligned and _O_DIRECT and _read(run, part, info.chunk_bytes, _O_DIRECT)):
-            _read(run, part, info.chunk_bytes, 0)
+        direct = (run.offset | run.nbytes) % ALIGN_BYTES == 0 and is_on_page(part)
+        reader.files.read(run.chunk.file, direct, _fill, run, part, info.chunk_bytes)
         assert info.blocks is not None
         start = 0
         for nbytes, stored in info.blocks.in_chunk(run.chunk.offset + run.offset, run.nbytes):
@@ -87,27 +84,12 @@ def read_run(reader: Reader, run: Run, part: Bytes) -> None:
     raise failure
 
 
-def _read(run: Run, part: Bytes, chunk_bytes: int, flags: int) -> bool:
-    """Fills `part`; returns False where the file system does not read past the page cache."""
-    try:
-        fd = os.open(run.chunk.file, os.O_RDONLY | os.O_CLOEXEC | flags)
-    except OSError as error:
-        if flags and error.errno == errno.EINVAL:
-            return False
-        raise
-    try:
-        check_size(fd, run.chunk, chunk_bytes)
-        if flags:
-            return fill_direct(fd, [part.data], run.offset + run.nbytes, run.offset)
-        with contextlib.suppress(OSError, AttributeError):
+def _fill(fd: int, direct: bool, run: Run, part: Bytes, chunk_bytes: int) -> None:
+    check_size(fd, run.chunk, chunk_bytes)
+    if not direct:
+        with contextlib.suppress(AttributeError, OSError):
             os.posix_fadvise(fd, run.offset, run.nbytes, os.POSIX_FADV_RANDOM)  # nothing ahead of what is asked for
-        fill(fd, run.chunk, [part.data], run.offset)
-        with contextlib.suppress(OSError, AttributeError):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        return True
-    except OSError as error:
-        if flags and error.errno == errno.EINVAL:
-            return False
-        raise
-    finally:
-        os.close(fd)
+    end = run.offset + run.nbytes
+    stopped = fill(fd, [part.data], run.offset, end, direct)
+    if stopped != end:
+        raise StoppedError if direct else corrupt(run.chunk, f"ended at byte {stopped} while it was read")

@@ -15,16 +15,17 @@ CRC_BYTES = 4
 """A chunk file ends with its checksum, little-endian."""
 
 
+_SMALL_BYTES = 64 << 10
+"""Up to this size the checksum takes less time than to let go of the interpreter lock and to get it back."""
+
+
 def _load_crc() -> Callable[[int, Bytes], int]:
     """Returns a function that extends a crc32c over more bytes.
 
     google_crc32c holds the interpreter lock while it runs, 2.5 ms for a chunk, which stops the thread that
     computes. The library that it ships is the same code without Python, and ctypes lets go of the lock.
     """
-
-    def extend_holding_lock(crc: int, values: Bytes) -> int:
-        return int(google_crc32c.extend(crc, values))
-
+    extend_holding_lock: Callable[[int, Bytes], int] = google_crc32c.extend
     try:
         library = ctypes.CDLL(google_crc32c._crc32c.__file__)
         function = library.crc32c_extend
@@ -34,6 +35,8 @@ def _load_crc() -> Callable[[int, Bytes], int]:
     function.restype = ctypes.c_uint32
 
     def extend(crc: int, values: Bytes) -> int:
+        if values.nbytes <= _SMALL_BYTES:
+            return extend_holding_lock(crc, values)
         return int(function(crc, values.ctypes.data, values.nbytes))
 
     return extend

@@ -7,9 +7,7 @@ interpreter lock, so that several threads decode at the same time. zarr-python r
 from __future__ import annotations
 
 import contextlib
-import errno
 import mmap
-import os
 import threading
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -18,6 +16,7 @@ import numpy as np
 from numcodecs import blosc
 
 from litrt.crc import CRC_BYTES, Bytes, extend_crc
+from litrt.directio import Files, StoppedError, fill, size_of
 from litrt.layout import align_up
 from litrt.store import ALIGN_BYTES, MAX_BLOCK_BYTES, TensorInfo
 
@@ -27,8 +26,6 @@ HEADER_BYTES = 16
 _DIRECT_MIN_BYTES = 256 << 10
 _WORK_BYTES = 256 << 10
 """What Blosc and its codecs allocate while they decode, beside two blocks."""
-
-_O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 
 
 class DamageError(Exception):
@@ -42,12 +39,14 @@ class PackedChunks:
 
     Args:
         infos: The tensors of the store, of which those that are compressed matter.
+        files: Opens its files.
 
     Attributes:
         scratch_bytes_per_task: Bytes that one call of `read` needs beside its destination, at worst.
     """
 
-    def __init__(self, infos: Iterable[TensorInfo]) -> None:
+    def __init__(self, infos: Iterable[TensorInfo], files: Files) -> None:
+        self._files = files
         packed = [info for info in infos if info.packed and info.nbytes]
         chunk_bytes = max((info.chunk_bytes for info in packed), default=0)
         padded_bytes = max((info.chunk_bytes for info in packed if info.is_padded), default=0)
@@ -56,7 +55,6 @@ class PackedChunks:
         work_bytes = 2 * min(chunk_bytes, MAX_BLOCK_BYTES) + _WORK_BYTES if packed else 0
         self.scratch_bytes_per_task = self._scratch_bytes + work_bytes
         self._scratch = threading.local()
-        self._direct_io = bool(_O_DIRECT)
 
     def read(
         self, file: str, part: Bytes, chunk_bytes: int, in_flight: AbstractContextManager[object] | None = None
@@ -71,7 +69,9 @@ class PackedChunks:
             OSError: If it cannot be read.
         """
         scratch = self._memory()
-        content = scratch[: self._fill(file, scratch, chunk_bytes, in_flight or contextlib.nullcontext())]
+        direct = chunk_bytes >= _DIRECT_MIN_BYTES
+        in_flight = in_flight or contextlib.nullcontext()
+        content = scratch[: self._files.read(file, direct, _fill, scratch, chunk_bytes, in_flight)]
         values = content[:-CRC_BYTES]
         found, stored = extend_crc(0, values), int.from_bytes(content[-CRC_BYTES:].tobytes(), "little")
         if found != stored:
@@ -97,38 +97,17 @@ class PackedChunks:
             scratch = self._scratch.memory = np.frombuffer(mapping, dtype=np.uint8)
         return scratch
 
-    def _fill(self, file: str, scratch: Bytes, chunk_bytes: int, in_flight: AbstractContextManager[object]) -> int:
-        """Reads a file to the start of `scratch`, and returns its size."""
-        if self._direct_io and chunk_bytes >= _DIRECT_MIN_BYTES:
-            try:
-                with in_flight:
-                    return _fill(file, scratch, chunk_bytes, _O_DIRECT)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self._direct_io = False  # this file system cannot: not asked again
-        return _fill(file, scratch, chunk_bytes, 0)
 
-
-def _fill(file: str, scratch: Bytes, chunk_bytes: int, flags: int) -> int:
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | flags)
-    try:
-        size = os.fstat(fd).st_size
-        most = chunk_bytes + HEADER_BYTES + CRC_BYTES
-        if not HEADER_BYTES + CRC_BYTES < size <= most:
-            raise DamageError(f"has {size} bytes in place of {HEADER_BYTES + CRC_BYTES + 1} to {most}")
-        room = scratch[: align_up(size, ALIGN_BYTES)].data
-        done = 0
-        while done < size:
-            n_read = os.preadv(fd, [room[done:]], done)
-            if n_read == 0:
-                raise DamageError(f"ended at byte {done} while it was read")
-            done += n_read
-    finally:
-        if not flags:
-            with contextlib.suppress(OSError, AttributeError):
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+def _fill(fd: int, direct: bool, scratch: Bytes, chunk_bytes: int, in_flight: AbstractContextManager[object]) -> int:
+    """Reads a file to the start of `scratch`, and returns its size."""
+    size = size_of(fd)
+    most = chunk_bytes + HEADER_BYTES + CRC_BYTES
+    if not HEADER_BYTES + CRC_BYTES < size <= most:
+        raise DamageError(f"has {size} bytes in place of {HEADER_BYTES + CRC_BYTES + 1} to {most}")
+    with in_flight if direct else contextlib.nullcontext():
+        stopped = fill(fd, [scratch[: align_up(size, ALIGN_BYTES)].data], 0, size, direct)
+    if stopped < size:
+        raise StoppedError if direct else DamageError(f"ended at byte {stopped} while it was read")
     return size
 
 

@@ -9,7 +9,6 @@ place: `litrt.packed`. Everything else is read through zarr-python.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import mmap
 import os
@@ -24,6 +23,7 @@ import zarr
 from zarr.buffer.cpu import NDBuffer
 
 from litrt.crc import CRC_BYTES, Bytes, extend_crc
+from litrt.directio import Files, StoppedError, fill, is_on_page, size_of
 from litrt.errors import CorruptWeightError
 from litrt.packed import DamageError, PackedChunks
 from litrt.store import ALIGN_BYTES, MissingChunkError, Store, TensorInfo, array_dtype, lead_axis
@@ -33,7 +33,6 @@ DIRECT_MIN_BYTES = 256 << 10
 
 _SCRATCH_BYTES = 2 * ALIGN_BYTES
 _ZEROS: Bytes = np.zeros(64 << 10, dtype=np.uint8)
-_O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +54,13 @@ class Piece:
     index: int
 
 
+class _Scratch(threading.local):
+    """Pages of each thread, from when it first needs them."""
+
+    def __init__(self) -> None:
+        self.memory: Bytes = np.frombuffer(mmap.mmap(-1, _SCRATCH_BYTES), dtype=np.uint8)
+
+
 class Reader:
     """Reads pieces of the tensors of a store.
 
@@ -65,6 +71,7 @@ class Reader:
         store: What to read.
 
     Attributes:
+        files: Opens the chunk files.
         scratch_bytes_per_task: Bytes that one call of `read` needs beside its destination, at worst in this
             store.
     """
@@ -76,14 +83,14 @@ class Reader:
         # Through zarr-python: a chunk as it is stored, at most a little larger than decoded, and decoded.
         through_zarr_bytes = 2 * max(others) + len(_ZEROS) if others else 0
         direct = any(info.direct and info.nbytes >= DIRECT_MIN_BYTES for info in infos)
-        self._packed = PackedChunks(infos)
+        self.files = Files()
+        self._packed = PackedChunks(infos, self.files)
         # A thread keeps what it reads packed and direct chunks with.
         kept_bytes = self._packed.scratch_bytes_per_task + _SCRATCH_BYTES * direct
         self.scratch_bytes_per_task = kept_bytes + through_zarr_bytes
         self._pieces: dict[str, tuple[Piece, ...]] = {}
         self._arrays: dict[str, zarr.Array[Any]] = {}
-        self._scratch = threading.local()
-        self._direct_io = bool(_O_DIRECT)
+        self._scratch = _Scratch()
         self._n_in_flight: int | None = None
         self._in_flight: AbstractContextManager[object] = contextlib.nullcontext()
 
@@ -142,8 +149,9 @@ class Reader:
                 self._packed.read(piece.file, part, info.chunk_bytes, self._in_flight)
             elif not info.direct:
                 self._read_through_zarr(info, piece, part)
-            elif not self._try_direct(piece, part, info.chunk_bytes):
-                _read_buffered(piece, part, info.chunk_bytes)
+            else:
+                direct = piece.nbytes >= DIRECT_MIN_BYTES and is_on_page(part)
+                self.files.read(piece.file, direct, self._fill, piece, part, info.chunk_bytes)
             return
         except CorruptWeightError:
             raise
@@ -175,52 +183,32 @@ class Reader:
         self._arrays.clear()
         self.store.close()
 
-    def _try_direct(self, piece: Piece, part: Bytes, chunk_bytes: int) -> bool:
-        """Reads past the page cache; returns False where the piece or the file system does not allow that."""
-        if not self._direct_io or piece.nbytes < DIRECT_MIN_BYTES or part.ctypes.data % ALIGN_BYTES:
-            return False
-        try:
-            fd = os.open(piece.file, os.O_RDONLY | os.O_CLOEXEC | _O_DIRECT)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._direct_io = False
-            return False
-        try:
-            check_size(fd, piece, chunk_bytes)
-            scratch = self._scratch_memory()
-            n_whole = piece.nbytes - piece.nbytes % ALIGN_BYTES
+    def _fill(self, fd: int, direct: bool, piece: Piece, part: Bytes, chunk_bytes: int) -> None:
+        """Reads a chunk file and checks it: its size by where it ends, and its values by their checksum."""
+        end = chunk_bytes + CRC_BYTES
+        if direct:
+            tail = self._scratch.memory
+            n_whole = len(part) - len(part) % ALIGN_BYTES
             # One request; the tail of the values, and the padding and the checksum if they fit, go to scratch.
             with self._in_flight:
-                is_full = fill_direct(fd, [part[:n_whole].data, scratch.data], chunk_bytes + CRC_BYTES)
-            if not is_full:
-                return False
-            part[n_whole:] = scratch[: piece.nbytes - n_whole]
-            crc_at = chunk_bytes - n_whole
-            if crc_at + CRC_BYTES > len(scratch):
-                block = chunk_bytes - chunk_bytes % ALIGN_BYTES
-                if not fill_direct(fd, [scratch.data], chunk_bytes + CRC_BYTES, block):
-                    return False
-                crc_at = chunk_bytes - block
-            stored = int.from_bytes(scratch[crc_at : crc_at + CRC_BYTES].tobytes(), "little")
-            _verify(piece, part, chunk_bytes, stored)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            # Some file systems accept the flag and refuse the read: buffered, from now on.
-            self._direct_io = False
-            return False
-        finally:
-            os.close(fd)
-        return True
-
-    def _scratch_memory(self) -> Bytes:
-        """Returns this thread's page-aligned scratch."""
-        scratch: Bytes | None = getattr(self._scratch, "memory", None)
-        if scratch is None:
-            scratch = np.frombuffer(mmap.mmap(-1, _SCRATCH_BYTES), dtype=np.uint8)
-            self._scratch.memory = scratch
-        return scratch
+                stopped = fill(fd, [part[:n_whole].data, tail.data], 0, end, direct)
+        else:
+            tail = np.empty(CRC_BYTES + 1, dtype=np.uint8)  # a byte more shows that a file is longer than it should
+            n_whole = len(part)
+            stopped = fill(fd, [part.data, tail.data], 0, end, direct)
+        if n_whole < len(part):
+            part[n_whole:] = tail[: len(part) - n_whole]
+        crc_at = chunk_bytes - n_whole
+        if stopped == n_whole + len(tail) <= end:
+            block = chunk_bytes - chunk_bytes % ALIGN_BYTES if direct else chunk_bytes
+            stopped = fill(fd, [tail.data], block, end, direct)
+            crc_at = chunk_bytes - block
+        if stopped != end:
+            if direct:
+                raise StoppedError
+            check_size(fd, piece, chunk_bytes)
+            raise corrupt(piece, f"ended at byte {stopped} while it was read")
+        _verify(piece, part, chunk_bytes, int.from_bytes(tail[crc_at : crc_at + CRC_BYTES].tobytes(), "little"))
 
     def _read_through_zarr(self, info: TensorInfo, piece: Piece, part: Bytes) -> None:
         """Reads the chunks of a band of rows one by one, so that scratch is bounded by one chunk."""
@@ -269,59 +257,9 @@ def _cut(info: TensorInfo, root: str | None) -> list[Piece]:
 
 
 def check_size(fd: int, piece: Piece, chunk_bytes: int) -> None:
-    size = os.fstat(fd).st_size
+    size = size_of(fd)
     if size != chunk_bytes + CRC_BYTES:
         raise corrupt(piece, f"has {size} bytes in place of {chunk_bytes + CRC_BYTES}")
-
-
-def fill_direct(fd: int, buffers: list[memoryview], end: int, start: int = 0) -> bool:
-    """Fills `buffers` from `start` of the file, up to `end` or their own end; False if it stopped before."""
-    end = min(end, start + sum(map(len, buffers)))
-    position = start
-    while True:
-        n_read = os.preadv(fd, buffers, position)
-        position += n_read
-        if position >= end:
-            return True
-        # A request is cut at 2 GiB by the kernel; anything else short and unaligned is for the buffered path.
-        if n_read == 0 or n_read % ALIGN_BYTES:
-            return False
-        while buffers and n_read >= len(buffers[0]):
-            n_read -= len(buffers[0])
-            buffers = buffers[1:]
-        buffers = [buffers[0][n_read:], *buffers[1:]]
-
-
-def _read_buffered(piece: Piece, part: Bytes, chunk_bytes: int) -> None:
-    fd = os.open(piece.file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        check_size(fd, piece, chunk_bytes)
-        crc = np.empty(CRC_BYTES, dtype=np.uint8)
-        if piece.nbytes == chunk_bytes:
-            fill(fd, piece, [part.data, crc.data], 0)
-        else:
-            fill(fd, piece, [part.data], 0)
-            fill(fd, piece, [crc.data], chunk_bytes)
-        _verify(piece, part, chunk_bytes, int.from_bytes(crc.tobytes(), "little"))
-    finally:
-        # The page cache would hold every weight once more.
-        with contextlib.suppress(OSError, AttributeError):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-
-
-def fill(fd: int, piece: Piece, buffers: list[memoryview], position: int) -> None:
-    buffers = [buffer for buffer in buffers if len(buffer)]
-    while buffers:
-        n_read = os.preadv(fd, buffers, position)
-        if n_read == 0:
-            raise corrupt(piece, f"ended at byte {position} while it was read")
-        position += n_read
-        while buffers and n_read >= len(buffers[0]):
-            n_read -= len(buffers[0])
-            buffers = buffers[1:]
-        if n_read:
-            buffers = [buffers[0][n_read:], *buffers[1:]]
 
 
 def _verify(piece: Piece, part: Bytes, chunk_bytes: int, stored: int) -> None:
@@ -331,8 +269,7 @@ def _verify(piece: Piece, part: Bytes, chunk_bytes: int, stored: int) -> None:
     another writer may have padded with something else.
     """
     n_padding = chunk_bytes - len(part)
-    values = extend_crc(0, part)
-    crc = values
+    crc = values = extend_crc(0, part)
     for done in range(0, n_padding, len(_ZEROS)):
         crc = extend_crc(crc, _ZEROS[: n_padding - done])
     if crc != stored and n_padding:

@@ -243,7 +243,8 @@ class Store(Mapping[str, TensorInfo]):
         self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> TensorInfo:
-        return self._by_name[self._known(name)]
+        found = self._by_name.get(name)
+        return found if found is not None else self._by_name[self._known(name)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)

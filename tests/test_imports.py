@@ -23,6 +23,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "blocks",
         "crc",
         "store",
+        "directio",
         "packed",
         "reader",
         "blockreads",

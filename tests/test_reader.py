@@ -184,6 +184,16 @@ def test_damage_is_an_error_that_names_the_tensor_and_the_file(path: Path, way: 
     assert (caught.value.name, caught.value.file) == ("w", str(file))
 
 
+@pytest.mark.parametrize("chunk_bytes", [101, 8188, 20_000])
+def test_bytes_after_the_checksum_of_a_padded_chunk_are_damage(tmp_path: Path, way: str, chunk_bytes: int) -> None:
+    write(tmp_path / "s.zarr", np.ones(chunk_bytes + 100, np.uint8), chunks=(chunk_bytes,))
+    file = tmp_path / "s.zarr/w/c/1"
+    file.write_bytes(file.read_bytes() + b"\0")
+    reader = Reader(open_store(tmp_path / "s.zarr"))
+    with pytest.raises(CorruptWeightError, match=f"has {chunk_bytes + 5} bytes in place of {chunk_bytes + 4}"):
+        reader.read_part(reader.pieces("w")[1], page_aligned(100))
+
+
 def test_damage_to_padding_alone_harms_nothing(path: Path, way: str) -> None:
     damage(path / "w/c/1/0", "flip padding")
     assert torch.equal(Reader(open_store(path)).read_tensor("w").flatten(), torch.arange(10_000.0))
@@ -249,42 +259,6 @@ def test_short_reads_are_continued(path: Path, way: str, most: int, monkeypatch:
     read_all(Reader(open_store(path)), "w", memory)
     assert memory.tobytes() == np.arange(10_000, dtype=np.float32).tobytes()
     assert n_calls >= (28_000 + 12_000) // most
-
-
-@pytest.mark.parametrize("refused", ["open", "preadv"])
-def test_a_file_system_without_direct_reads_is_asked_once(
-    path: Path, refused: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reader_module, "DIRECT_MIN_BYTES", 1)
-    opened, n_refused = os.open, 0
-    preadv = os.preadv
-    direct: set[int] = set()
-
-    def refuse() -> None:
-        nonlocal n_refused
-        n_refused += 1
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-
-    def open_file(file: str, flags: int) -> int:
-        if flags & os.O_DIRECT and refused == "open":
-            refuse()
-        fd = opened(file, flags & ~os.O_DIRECT)
-        (direct.add if flags & os.O_DIRECT else direct.discard)(fd)
-        return fd
-
-    def read_file(fd: int, buffers: list[memoryview], position: int) -> int:
-        if fd in direct:
-            refuse()
-        return preadv(fd, buffers, position)
-
-    reader = Reader(open_store(path))
-    monkeypatch.setattr(os, "open", open_file)
-    monkeypatch.setattr(os, "preadv", read_file)
-    memory = page_aligned(40_000)
-    read_all(reader, "w", memory)
-    read_all(reader, "w", memory)
-    assert memory.tobytes() == np.arange(10_000, dtype=np.float32).tobytes()
-    assert n_refused == 1
 
 
 @pytest.fixture
