@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from litrt.arrays import ALIGN_BYTES
 from litrt.crc import Bytes, extend_crc
 from litrt.directio import StoppedError, fill, is_on_page
 from litrt.errors import CorruptWeightError
 from litrt.reader import Piece, Reader, check_size, corrupt
-from litrt.store import ALIGN_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,10 @@ import zarr
 from numcodecs import blosc
 from zarr.codecs import BloscCodec
 
+from litrt.arrays import ALIGN_BYTES, dtype_name
 from litrt.crc import CRC_BYTES, Bytes, extend_crc
 from litrt.reader import Reader
-from litrt.store import ALIGN_BYTES, Store, TensorInfo, dtype_name
+from litrt.store import Store, TensorInfo
 from litrt.tune import Tuning, read_bps
 from litrt.units import format_bytes
 

@@ -18,22 +18,13 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
+from litrt.arrays import array_dtype, chunk_shape, dtype_name, floating_dtype, lead_axis, node_name
 from litrt.blocks import Blocks, choose_block_rows, sums_of_chunk
 from litrt.checkpoint import Source, SourceLike, open_source
 from litrt.compression import CHUNK_BYTES, CODECS, SAMPLE_BYTES, Compression, blosc_codec
 from litrt.crc import Bytes, extend_crc
 from litrt.errors import StoreError
-from litrt.store import (
-    FORMAT,
-    Store,
-    array_dtype,
-    chunk_shape,
-    dtype_name,
-    floating_dtype,
-    lead_axis,
-    node_name,
-    open_store,
-)
+from litrt.store import FORMAT, Store, open_store
 from litrt.units import format_bytes
 
 

@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
+from litrt.arrays import ALIGN_BYTES
 from litrt.crc import Bytes
-from litrt.store import ALIGN_BYTES
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from litrt.arena import Arena
+from litrt.arrays import floating_dtype
 from litrt.budget import part_bytes, requested_bytes, settle, settle_host
 from litrt.device import Device
 from litrt.devices import open_device
@@ -28,7 +29,7 @@ from litrt.reader import Reader
 from litrt.residents import Residents
 from litrt.skeleton import build, furnish, match, slots, tables
 from litrt.stats import Stats
-from litrt.store import Store, TensorInfo, floating_dtype, open_store
+from litrt.store import Store, TensorInfo, open_store
 from litrt.tables import with_room
 from litrt.trace import Trace, Use
 from litrt.tune import Tuning, tune

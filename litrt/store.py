@@ -1,5 +1,5 @@
-"""The store on disk: what is in it, and where. Reading the bytes is `litrt.reader`; `docs/format.md`
-specifies both.
+"""The store on disk: what is in it, and where. How a tensor is an array is `litrt.arrays`, reading the bytes
+`litrt.reader`; `docs/format.md` specifies all of it.
 
 A store is a Zarr v3 group with one array per distinct tensor. A local directory is opened by reading its
 zarr.json files as JSON, which takes milliseconds; everything else is opened through zarr-python.
@@ -8,11 +8,9 @@ zarr.json files as JSON, which takes milliseconds; everything else is opened thr
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import math
 import os
-import re
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,35 +26,12 @@ from zarr.abc.store import ByteRequest
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore, StorePath, WrapperStore, ZipStore
 
+from litrt.arrays import METADATA, array_dtype, chunk_files, lead_axis, litrt_attributes, node_name, torch_dtype
 from litrt.blocks import Blocks, blocks_of
 from litrt.errors import StoreError, WeightNotFoundError
 
 FORMAT = 1
 """The version of the format that is written, and the newest that can be read."""
-
-TARGET_CHUNK_BYTES = 32 << 20
-"""Requests of 16 to 64 MiB reach the speed of the disk from one thread."""
-
-ALIGN_BYTES = 4096
-"""What direct reads want chunks, and so the offsets that they are read to, to be multiples of."""
-
-MAX_BLOCK_BYTES = 1 << 20
-"""The largest block that Blosc chooses itself."""
-
-_MAX_PADDING = 1 / 50
-"""Share of a tensor up to which the last chunk is padded for the sake of alignment."""
-
-_MAX_NODE_BYTES = 200
-_METADATA = frozenset({"zarr.json", ".zgroup", ".zarray", ".zattrs", ".zmetadata"})
-
-_NATIVE = frozenset(
-    {"bool", "float16", "float32", "float64", "complex64", "complex128"}
-    | {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
-)
-_VIEWED = frozenset(
-    {"bfloat16", "complex32", "float8_e8m0fnu", "float4_e2m1fn_x2"}
-    | {f"float8_{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")}
-)
 
 
 @dataclass(frozen=True)
@@ -68,7 +43,7 @@ class TensorInfo:
     Attributes:
         name: Its name in the model.
         shape: Its shape.
-        dtype: Its dtype in torch, which may differ from that of the array: see `array_dtype`.
+        dtype: Its dtype in torch, which may differ from that of the array: see `litrt.arrays`.
         nbytes: Bytes of its values.
         path: Path of its array in the group.
         chunk_rows: Rows along the lead axis that one chunk holds.
@@ -123,86 +98,6 @@ class TensorInfo:
             return self
         nbytes = math.prod(self.shape) * dtype.itemsize
         return replace(self, dtype=dtype, nbytes=nbytes)
-
-
-def lead_axis(shape: tuple[int, ...]) -> int:
-    """Returns the first axis whose extent is not 1; a range of rows along it is contiguous."""
-    return next((axis for axis, extent in enumerate(shape) if extent != 1), 0)
-
-
-def chunk_shape(
-    shape: tuple[int, ...],
-    itemsize: int,
-    target_bytes: int | None = None,
-    *,
-    align_bytes: int = ALIGN_BYTES,
-    max_padding: float = _MAX_PADDING,
-) -> tuple[int, ...]:
-    """Returns the shape of the chunks of a new array: about `target_bytes` each, along the lead axis only.
-
-    Zarr stores the last chunk at full size, so rows are shared out evenly, and rounded up to a multiple of
-    `align_bytes` only where that pads the last chunk by `max_padding` of the tensor at most.
-    """
-    target_bytes = TARGET_CHUNK_BYTES if target_bytes is None else target_bytes
-    if not shape:
-        return ()
-    axis = lead_axis(shape)
-    rows, inner = shape[axis], tuple(max(extent, 1) for extent in shape[axis + 1 :])
-    row_bytes = itemsize * math.prod(inner)
-    n_chunks = -(-rows * row_bytes // target_bytes)
-    chunk_rows = max(rows, 1)
-    if n_chunks > 1:
-        chunk_rows = -(-rows // n_chunks)
-        align_rows = align_bytes // math.gcd(align_bytes, row_bytes)
-        # A few more and smaller chunks often leave no padding where the first choice would.
-        for wanted in range(n_chunks, n_chunks + n_chunks // 4 + 2):
-            aligned = -(-rows // wanted // align_rows) * align_rows
-            fits = aligned <= rows and aligned * row_bytes <= 2 * target_bytes
-            if fits and -rows % aligned <= rows * max_padding:
-                chunk_rows = aligned
-                break
-    return (1,) * axis + (chunk_rows,) + inner
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns the name of `dtype` without its module: "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def floating_dtype(dtype: torch.dtype | str, what: str) -> torch.dtype:
-    """Returns the floating dtype that `dtype` names.
-
-    Raises:
-        ValueError: If it names none that a store can have; the message says that litrt cannot do `what` with it.
-    """
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point or array_dtype(found) is None:
-        raise ValueError(f"cannot {what} {dtype!r}: use a floating dtype such as 'bfloat16' or 'float16'.")
-    return found
-
-
-def array_dtype(dtype: torch.dtype) -> str | None:
-    """Returns the Zarr data type that stores `dtype`, or None where there is none.
-
-    A dtype that Zarr lacks is stored as the unsigned integers of the same size that have its bits.
-    """
-    name = dtype_name(dtype)
-    if name in _NATIVE:
-        return name
-    return f"uint{8 * dtype.itemsize}" if name in _VIEWED else None
-
-
-def node_name(name: str) -> str:
-    """Returns the name of the array that holds tensor `name`: percent-escaped where Zarr needs that."""
-    escaped = "".join(
-        char if re.fullmatch(r"[A-Za-z0-9._-]", char) else "".join(f"%{byte:02X}" for byte in char.encode())
-        for char in name
-    )
-    if not escaped.strip(".") or escaped.startswith("__") or escaped in _METADATA:
-        escaped = f"%{ord(escaped[0]):02X}{escaped[1:]}" if escaped else "%"
-    if len(escaped) > _MAX_NODE_BYTES:
-        escaped = f"{escaped[: _MAX_NODE_BYTES - 33]}%{hashlib.sha256(name.encode()).hexdigest()[:32]}"
-    return escaped
 
 
 class Store(Mapping[str, TensorInfo]):
@@ -306,7 +201,7 @@ class _Checked(WrapperStore[ZarrStore]):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         value = await super().get(key, prototype, byte_range)
-        if value is None and key.rpartition("/")[2] not in _METADATA:
+        if value is None and key.rpartition("/")[2] not in METADATA:
             raise MissingChunkError(key)
         return value
 
@@ -394,7 +289,7 @@ def _open_zarr(label: str, path: str | os.PathLike[str] | ZarrStore | StorePath)
                 return None
 
         # One request per array: together, because a remote store takes long to answer each.
-        listed = _litrt_attributes(group.attrs.asdict()).get("tensors", [])
+        listed = litrt_attributes(group.attrs.asdict()).get("tensors", [])
         with ThreadPoolExecutor(16) as pool:
             infos = dict(zip(listed, pool.map(fetch, listed), strict=True))
         return _make_store(label, group.attrs.asdict(), infos.get, open_group, root=None)
@@ -419,7 +314,7 @@ def _make_store(
     *,
     root: str | None,
 ) -> Store:
-    header = _litrt_attributes(attributes)
+    header = litrt_attributes(attributes)
     version, names, aliases = header.get("format"), header.get("tensors"), header.get("aliases", {})
     if isinstance(version, int) and version > FORMAT:
         raise StoreError(f"{label} has format {version} and this version of litrt reads up to {FORMAT}: upgrade litrt.")
@@ -449,11 +344,6 @@ def _make_store(
     )
 
 
-def _litrt_attributes(attributes: dict[str, Any]) -> dict[str, Any]:
-    header = attributes.get("litrt")
-    return header if isinstance(header, dict) else {}
-
-
 def _read_json(file: Path) -> dict[str, Any] | None:
     try:
         document = json.loads(file.read_bytes())
@@ -464,56 +354,39 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _direct_info(name: str, node: str, array: dict[str, Any]) -> TensorInfo | None:
+def _direct_info(name: str, node: str, metadata: dict[str, Any]) -> TensorInfo | None:
     """Returns the entry of an array whose chunk files litrt reads itself, or None for any other."""
-    shape, codecs = tuple(array.get("shape", ())), array.get("codecs")
-    dtype = _torch_dtype(array.get("attributes", {}), str(array.get("data_type")))
-    if dtype is None or array_dtype(dtype) != array.get("data_type"):
+    found = chunk_files(metadata)
+    if found is None:
         return None
-    if array.get("zarr_format") != 3 or array.get("storage_transformers") or not isinstance(codecs, list):
-        return None
-    grid, grid_options = _extension(array.get("chunk_grid"))
-    keys, key_options = _extension(array.get("chunk_key_encoding"))
-    chunks = tuple(grid_options.get("chunk_shape", ()))
-    chain = [_extension(codec) for codec in codecs]
-    is_packed = [name for name, _ in chain] == ["bytes", "blosc", "crc32c"]
-    is_plain = (
-        (grid, keys, key_options.get("separator", "/")) == ("regular", "default", "/")
-        and (is_packed or [name for name, _ in chain] == ["bytes", "crc32c"])
-        and (dtype.itemsize == 1 or chain[0][1].get("endian") == "little")
-        and not (is_packed and chain[1][1].get("blocksize", 0) > MAX_BLOCK_BYTES)
-    )
-    axis = lead_axis(shape)
-    expected = tuple(max(extent, 1) for extent in shape)
-    if not is_plain or (*chunks[:axis], *chunks[axis + 1 :]) != (*expected[:axis], *expected[axis + 1 :]):
-        return None
-    nbytes = math.prod(shape) * dtype.itemsize
-    chunk_rows = chunks[axis] if chunks else 1
-    told = _litrt_attributes(array.get("attributes", {}))
-    n_rows = shape[axis] if shape else 1
+    axis = lead_axis(found.shape)
+    nbytes = math.prod(found.shape) * found.dtype.itemsize
+    chunk_rows = found.chunks[axis] if found.chunks else 1
+    told = litrt_attributes(metadata.get("attributes", {}))
+    n_rows = found.shape[axis] if found.shape else 1
     try:
         blocks = blocks_of(told, n_rows, nbytes // n_rows, chunk_rows) if nbytes else None
     except ValueError as error:
         raise StoreError(f"the attributes of {name!r} are damaged: {error}. Run litrt convert again.") from error
-    chunk_bytes = math.prod(chunks) * dtype.itemsize
     return TensorInfo(
-        name, shape, dtype, nbytes, node, chunk_rows, not is_packed, chunk_bytes, packed=is_packed, blocks=blocks
+        name,
+        found.shape,
+        found.dtype,
+        nbytes,
+        node,
+        chunk_rows,
+        direct=not found.packed,
+        chunk_bytes=math.prod(found.chunks) * found.dtype.itemsize,
+        packed=found.packed,
+        blocks=blocks,
     )
-
-
-def _extension(value: object) -> tuple[object, dict[str, Any]]:
-    """Returns the name and the configuration of a codec or grid, which may be written as a name alone."""
-    if not isinstance(value, dict):
-        return value, {}
-    options = value.get("configuration")
-    return value.get("name"), options if isinstance(options, dict) else {}
 
 
 def _array_info(label: str, name: str, array: object) -> TensorInfo:
     """Returns the entry of an array that has to be read through zarr-python."""
     if not isinstance(array, zarr.Array):
         raise StoreError(f"{label}: {name!r} is a group, not an array: run litrt convert again.")
-    dtype = _torch_dtype(array.attrs.asdict(), array.dtype.name)
+    dtype = torch_dtype(array.attrs.asdict(), array.dtype.name)
     if dtype is None or array_dtype(dtype) != array.dtype.name:
         raise StoreError(
             f"{label}: {name!r} is stored as {array.dtype.name}, which is no form of a torch dtype that "
@@ -523,9 +396,3 @@ def _array_info(label: str, name: str, array: object) -> TensorInfo:
     chunk_bytes = math.prod(array.chunks) * dtype.itemsize
     nbytes = math.prod(array.shape) * dtype.itemsize
     return TensorInfo(name, array.shape, dtype, nbytes, node_name(name), chunk_rows, False, chunk_bytes)
-
-
-def _torch_dtype(attributes: dict[str, Any], stored: str) -> torch.dtype | None:
-    name = _litrt_attributes(attributes).get("torch_dtype", stored)
-    dtype = getattr(torch, name, None) if name in _NATIVE | _VIEWED else None
-    return dtype if isinstance(dtype, torch.dtype) else None

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import litrt
+import litrt.arrays
 import litrt.blocks
-import litrt.store
 from litrt.blocks import BLOCK_BYTES, Blocks, choose_block_rows, merged
 
 
@@ -72,13 +72,13 @@ def test_a_store_says_of_its_blocks_what_the_format_says(
     shape: tuple[int, ...], dtype: torch.dtype, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(litrt.blocks, "BLOCK_BYTES", 1_000)
-    monkeypatch.setattr(litrt.store, "TARGET_CHUNK_BYTES", 9_000)
+    monkeypatch.setattr(litrt.arrays, "TARGET_CHUNK_BYTES", 9_000)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(100).to(dtype)
     path = make_store({"w": weight})
     array = zarr.open_group(path, mode="r")["w"]
     assert isinstance(array, zarr.Array)
     told = array.attrs["litrt"]["blocks"]  # type: ignore[index, call-overload]
-    axis = litrt.store.lead_axis(shape)
+    axis = litrt.arrays.lead_axis(shape)
     assert told["chunk_rows"] == array.chunks[axis]
     rows = np.asarray(array[...]).reshape(shape[axis], -1)
     sums = [

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from litrt import compression
+from litrt.arrays import chunk_shape
 from litrt.cli import main
 from litrt.compression import CODECS, Measured, choose
 from litrt.convert import convert
 from litrt.reader import Reader
-from litrt.store import Store, chunk_shape, open_store
+from litrt.store import Store, open_store
 
 
 def measured(codec: str, read_bps: float, ratio: float = 1.3, decode_bps: float = 5e9) -> Measured:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import litrt
-import litrt.store
+import litrt.arrays
 from litrt.blocks import Blocks
 from litrt.gather import Rows, batches, copy_rows
 
@@ -56,7 +56,7 @@ def plain() -> nn.Module:
 @pytest.fixture
 def path(plain: nn.Module, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> Path:
     with monkeypatch.context() as patch:
-        patch.setattr(litrt.store, "TARGET_CHUNK_BYTES", PIECE_BYTES)
+        patch.setattr(litrt.arrays, "TARGET_CHUNK_BYTES", PIECE_BYTES)
         return make_store(plain)
 
 

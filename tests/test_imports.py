@@ -22,6 +22,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "edges": (
         "blocks",
         "crc",
+        "arrays",
         "store",
         "directio",
         "packed",

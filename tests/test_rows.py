@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import litrt
+import litrt.arrays
 import litrt.blocks
-import litrt.store
 from litrt.testing import FakeDevice
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -55,7 +55,7 @@ def plain() -> nn.Module:
 def path(plain: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(litrt.blocks, "BLOCK_BYTES", 4096)
-        patch.setattr(litrt.store, "TARGET_CHUNK_BYTES", 100_000)
+        patch.setattr(litrt.arrays, "TARGET_CHUNK_BYTES", 100_000)
         folder = tmp_path_factory.mktemp("rows")
         litrt.convert(plain.state_dict(), folder / "model.zarr", progress=False)
     return folder / "model.zarr"
