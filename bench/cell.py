@@ -61,6 +61,9 @@ class Job:
         return json.dumps(asdict(self))
 
 
+N_SETTLING = 3
+"""Passes after which litrt does not change its plan any more; they are not timed."""
+
 Timed = tuple[list[float], list[float], str]
 
 
@@ -108,7 +111,8 @@ def measure_litrt(job: Job, data: Data, workload: Workload) -> dict[str, Any]:
             workload.fill(rt)
         rt.warmup(**workload.arguments())
         model = rt.module if job.mode == "generate" else rt
-        workload.ready(model)()
+        for _ in range(1 if job.mode == "generate" else N_SETTLING):
+            workload.ready(model)()
         ready_s = time.perf_counter() - began_s
         plan, before = rt.plan, rt.stats()
         measured = timed(job, workload, model)

@@ -329,9 +329,7 @@ class Pipeline:
                     self.cache.room = plan.resident[index], plan.segments[index].size_bytes
                     new = [(entry, offset) for entry, offset in new if not entry.segment.is_slot]
             if new:
-                for entry in self._entries:
-                    if entry.is_loose:
-                        self.cache.let_go(entry)
+                self.let_go()
             for entry, offset in new:
                 if entry.state is State.HELD:
                     self.cache.revive(entry)
@@ -373,14 +371,20 @@ class Pipeline:
             for entry in self._entries:
                 entry.resident = False
 
-    def resize(self, limit_bytes: int) -> None:
-        """Makes an arena in which nothing has to stay as large as it is to be from now on."""
+    def let_go(self) -> bool:
+        """Lets go of all that does not have to stay; says whether no tensor over it lives."""
         with self._lock:
-            self.stop()
             for entry in self._entries:
                 if entry.is_loose:
                     self.cache.let_go(entry)
             self.cache.reap()
+            return all(entry.state is not State.HELD for entry in self._entries)
+
+    def resize(self, limit_bytes: int) -> None:
+        """Makes an arena in which nothing has to stay as large as it is to be from now on."""
+        with self._lock:
+            self.stop()
+            self.let_go()
             if not self.cache.arena.resize(limit_bytes):
                 self.cache.arena.limit_bytes = min(limit_bytes, self.cache.arena.capacity_bytes)
 

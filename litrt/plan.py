@@ -154,7 +154,7 @@ def _make_plan(trace: Trace, budget_bytes: int, policy: Policy, seed: int) -> Pl
         bandwidth_bps=trace.bandwidth_bps,
         latency_s=trace.latency_s,
     )
-    plan = _bounded(plan, trace)
+    plan = bounded(plan, trace)
     if policy == "lru" and trace.used_bytes > budget_bytes:
         loaded = [trace.segments[index] for index in lru_loads(trace, budget_bytes)]
         loaded = [segment for segment in loaded if not segment.is_slot]
@@ -180,59 +180,14 @@ def replan(plan: Plan, uses: Sequence[Use]) -> Plan:
     not count what a pass needs of those: it is lower than it could be.
     """
     trace = Trace(plan.segments, tuple(uses), plan.bandwidth_bps, plan.latency_s)
-    plan = _bounded(plan, trace)
+    plan = bounded(plan, trace)
     streamed = frozenset(trace.used)
     schedule = best_schedule(trace, streamed, plan.window_bytes)
     placed = best_layout(trace, schedule, plan.window_bytes) if schedule is not None else None
     return _with_loads(plan, trace, placed if placed is not None else step_by_step(trace, streamed))
 
 
-def measured_again(plan: Plan, uses: Sequence[Use], bandwidth_bps: float) -> Plan:
-    """Returns `plan` with the seconds of a pass that followed it: what it does is the same, what it predicts is new.
-
-    Reading takes processors and memory from computing, and the other way round: neither is as fast as it was in the
-    warm-up, where they took turns.
-
-    Args:
-        plan: What was followed.
-        uses: What the pass used of what streams.
-        bandwidth_bps: Bytes per second while something was being read.
-    """
-    trace = Trace(plan.segments, tuple(uses), bandwidth_bps)
-    steps, _ = streamed_steps(trace, frozenset(load.segment for load in plan.loads))
-    if [step.segments for step in steps] != [step.segments for step in plan.steps]:
-        return plan  # it did something else
-    schedule = Schedule(tuple(steps), plan.loads, plan.streamed_bytes)
-    return replace(
-        plan,
-        bound_s=_bounded(plan, replace(trace, uses=_slowed(plan, steps))).bound_s,
-        steps=schedule.steps,
-        compute_s=trace.compute_s,
-        pass_s=pass_s(trace, schedule),
-        bandwidth_bps=bandwidth_bps,
-        latency_s=0.0,
-    )
-
-
-def _slowed(plan: Plan, steps: Sequence[Step]) -> tuple[Use, ...]:
-    """Returns the uses of `plan` with the seconds of measured `steps`.
-
-    Of what stays nothing was measured: with the step before it, it has slowed down alike.
-    """
-    streamed = {load.segment for load in plan.loads}
-    uses = list(plan.uses)
-    starts = [number for number, use in enumerate(uses) if not streamed.isdisjoint(use.segments)]
-    for start, end, step in zip(starts, [*starts[1:], starts[0] + len(uses)], steps, strict=True):
-        members = [number % len(uses) for number in range(start, end)]
-        before_s = sum(plan.uses[number].compute_s for number in members)
-        for number in members:
-            share = plan.uses[number].compute_s / before_s if before_s else 1 / len(members)
-            uses[number] = replace(uses[number], compute_s=step.compute_s * share)
-        uses[start] = replace(uses[start], held_s=step.held_s)
-    return tuple(uses)
-
-
-def _bounded(plan: Plan, trace: Trace) -> Plan:
+def bounded(plan: Plan, trace: Trace) -> Plan:
     """Returns `plan` with what `trace` says of a pass: its compute, its bounds and its tables."""
     sizes, seconds = groups(trace)
     # Where what is held is not what is moved, the bound takes the segment that moves the fewest bytes for its size.

@@ -23,8 +23,9 @@ from litrt.errors import ClosedError, LitrtError
 from litrt.frames import wrap_fused
 from litrt.link import HostTier, Link
 from litrt.loader import StoreLoader
+from litrt.measured import better_plan, measured_again, typical
 from litrt.pipeline import Pipeline
-from litrt.plan import Plan, Policy, make_plan, measured_again, replan
+from litrt.plan import Plan, Policy, make_plan, replan
 from litrt.reader import Reader
 from litrt.residents import Residents
 from litrt.skeleton import build, furnish, match, slots, tables
@@ -152,7 +153,8 @@ class Runtime:
         self._trace: Trace | None = None
         self._n_passes = 0
         self._last_uses: list[Use] = []
-        self._n_measured = 0
+        self._measured: list[tuple[list[Use], int, float]] = []  # of passes: uses, bytes read, seconds of reading
+        self._is_settled = False
         self._recording = False
         self._pass_lock = threading.RLock()
         self._in_pass = False
@@ -221,13 +223,8 @@ class Runtime:
             raise ClosedError("this runtime is closed: make a new litrt.Runtime to use its model again.")
         with self._pass_lock:
             if self._plan is not None:
-                self._pipeline.stop()
-                self._residents.evict_all()
-                self._pipeline.forget_residents()
-                self._loader.follow(None)
-                self._plan = None
-                if self._unhook is None:
-                    self._hook()
+                self._unfollow()
+            self._is_settled = False
             self._recording = True
             self._device.peak_bytes()
             try:
@@ -373,7 +370,7 @@ class Runtime:
 
     def _follow(self, plan: Plan) -> None:
         self._plan = plan
-        self._n_measured = 0
+        self._measured.clear()
         self._pipeline.start(plan)
         self._residents.settle(plan.resident)
         if (
@@ -384,13 +381,38 @@ class Runtime:
             self._unhook()
 
     def _measure_again(self) -> None:
-        """Lets the plan predict with what the first passes that follow it have measured."""
-        if self._plan is None or not self._plan.loads or self._n_measured >= _N_MEASURED or not self._device.is_host:
+        """Lets the plan predict with what the first passes that follow it have measured; makes a better one, once."""
+        plan = self._plan
+        if plan is None or not plan.loads or len(self._measured) >= _N_MEASURED or not self._device.is_host:
             return
-        self._n_measured += 1
-        n_bytes, busy_s = self._pipeline.delivered()
-        if n_bytes and busy_s:
-            self._plan = measured_again(self._plan, self._pipeline.uses(), n_bytes / busy_s)
+        self._measured.append((self._pipeline.uses(), *self._pipeline.delivered()))
+        uses = typical([uses for uses, _, _ in self._measured])
+        n_bytes = sum(n_bytes for _, n_bytes, _ in self._measured)
+        busy_s = sum(busy_s for _, _, busy_s in self._measured)
+        if not n_bytes or not busy_s:
+            return
+        if len(self._measured) == _N_MEASURED and not self._is_settled and self._trace is not None:
+            self._is_settled = True
+            better = better_plan(plan, self._trace, uses, n_bytes / busy_s)
+            if better is not None:
+                self._change_to(better, plan)
+                return
+        self._plan = measured_again(plan, uses, n_bytes / busy_s)
+
+    def _change_to(self, plan: Plan, before: Plan) -> None:
+        """Follows a plan with other residents, or still the one before where somebody has tensors over those."""
+        self._unfollow()
+        self._follow(plan if self._pipeline.let_go() else before)
+
+    def _unfollow(self) -> None:
+        """Loads on demand; nothing has to stay."""
+        self._pipeline.stop()
+        self._residents.evict_all()
+        self._pipeline.forget_residents()
+        self._loader.follow(None)
+        self._plan = None
+        if self._unhook is None:
+            self._hook()
 
     def _reconsider(self, uses: list[Use]) -> None:
         """Plans anew what streams, once two passes in a row have strayed from the plan in the same way."""

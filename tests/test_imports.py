@@ -18,7 +18,20 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 
 LAYERS: dict[str, tuple[str, ...]] = {
     "base": ("errors", "units"),
-    "pure": ("trace", "stats", "cursor", "log", "bound", "policy", "schedule", "tables", "layout", "residency", "plan"),
+    "pure": (
+        "trace",
+        "stats",
+        "cursor",
+        "log",
+        "bound",
+        "policy",
+        "schedule",
+        "tables",
+        "layout",
+        "residency",
+        "plan",
+        "measured",
+    ),
     "edges": (
         "blocks",
         "crc",
@@ -63,6 +76,7 @@ PURE = {
     "schedule",
     "residency",
     "plan",
+    "measured",
     "policy",
     "cursor",
     "units",

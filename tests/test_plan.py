@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from traces import chain, execute, steady_pass_s, traces
 
 from litrt.bound import groups, min_pass_s, min_streamed_bytes
-from litrt.plan import Plan, make_plan, measured_again, replan
+from litrt.measured import measured_again
+from litrt.plan import Plan, make_plan, replan
 from litrt.trace import Segment, Trace, Use
 
 N_PASSES = 4
