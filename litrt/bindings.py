@@ -33,7 +33,7 @@ class Binding:
     indices: tuple[int, ...]
     tensors: list[torch.Tensor]
     step: int | None
-    access: int
+    access: int | None
     entries: list[Entry]
 
     @property

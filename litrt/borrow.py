@@ -228,6 +228,8 @@ def call_directly(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
                 real_args.append(values[number])
             else:
                 real_args.append(arg)
+        if len(values) < len(weights):
+            return NotImplemented  # another thread has made one plain
         versions = [value._version for value in values]
         if kwargs:
             result = func(*real_args[: len(args)], **dict(zip(kwargs, real_args[len(args) :], strict=True)))

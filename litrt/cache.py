@@ -72,6 +72,7 @@ class Entry:
     used: list[Event] = field(default_factory=list)  # when the uses of it that were queued are done
     resident: bool = False
     n_pins: int = 0  # operators that use it now
+    n_waiting: int = 0  # operators that wait for their turn to make room for it
     n_pending: int = 0  # pieces not read yet
     held_until: int = 0  # planned: released when this many steps have ended; 0: kept until room is needed
     last_use: int = 0
@@ -86,6 +87,10 @@ class Entry:
         """Returns the error of the last read, once."""
         error, self.error = self.error, None
         return error
+
+
+class Crowded(Exception):
+    """There is no room until another thread lets go of something."""
 
 
 class Cache:
@@ -118,6 +123,7 @@ class Cache:
         self.peak_bytes = 0
         self.room: tuple[int, int] | None = None  # offset and size of what is kept free for parts
         self.evict_resident: Callable[[int], bool] = lambda _: False
+        self.is_crowded: Callable[[], bool] = lambda: False  # whether other threads will let go of something
         self._device = device
         self._growable = growable
         self._wait = wait
@@ -241,18 +247,22 @@ class Cache:
 
         Raises:
             BudgetError: If they cannot be held together.
+            Crowded: If they cannot as long as other threads are at work.
         """
         placed: list[Entry] = []
         try:
             # Those on a page first: the others then lie behind them without a gap.
             for entry in sorted(absent, key=lambda entry: (-entry.segment.align_bytes, -entry.segment.size_bytes)):
-                self._make_room(entry)
+                if not self._make_room(entry):
+                    continue  # it is on its way by now
                 entry.state = State.READING  # nobody takes the block
                 entry.n_pending = 1
                 placed.append(entry)
-        except BudgetError:
+        except BaseException as error:
             for entry in placed:
                 self.free(entry)
+            if not isinstance(error, BudgetError):
+                raise
             mine = [entry for entry in together if entry.state is State.READY]
             if not (placed or mine) or not again or any(entry.n_pins > 1 or entry.resident for entry in mine):
                 raise
@@ -264,8 +274,8 @@ class Cache:
             return self.place_now([*absent, *mine], (), again=False)
         return placed
 
-    def _make_room(self, entry: Entry) -> None:
-        """Gives `entry` a block, evicting what is needed last, or raises BudgetError."""
+    def _make_room(self, entry: Entry) -> bool:
+        """Gives `entry` a block, evicting what is needed last, or raises; says whether nobody else has meanwhile."""
         segment = entry.segment
         collected = False
         while not self._taken(entry, self.arena.place(segment.nbytes, segment.size_bytes, segment.align_bytes)):
@@ -273,6 +283,10 @@ class Cache:
                 continue
             if any(other.state is State.READING and not other.n_pins for other in self.entries):
                 self._wait()
+                if entry.state is not State.ABSENT:
+                    return False
+            elif self.is_crowded():
+                raise Crowded
             elif not collected and any(other.state is State.HELD for other in self.entries):
                 # Tensors over released blocks may be waiting for the cycle collector.
                 collected = True
@@ -280,6 +294,7 @@ class Cache:
                 self.reap()
             elif not self._evict_one_resident():
                 self._grow(segment)
+        return True
 
     def _taken(self, entry: Entry, block: Block | None) -> bool:
         if block is None:
@@ -288,11 +303,11 @@ class Cache:
         self.peak_bytes = max(self.peak_bytes, self.arena.held_bytes + self.scratch_bytes)
         return True
 
-    def place_resident(self, entry: Entry, offset: int) -> None:
-        """Gives `entry` a block at `offset`, or anywhere, at any cost."""
+    def place_resident(self, entry: Entry, offset: int) -> bool:
+        """Gives `entry` a block at `offset`, or anywhere, at any cost; says whether nobody else has meanwhile."""
         segment = entry.segment
-        if not self._taken(entry, self.arena.place_at(offset, segment.nbytes, segment.size_bytes)):
-            self._make_room(entry)
+        at_offset = self.arena.place_at(offset, segment.nbytes, segment.size_bytes)
+        return self._taken(entry, at_offset) or self._make_room(entry)
 
     def _evict_one(self) -> bool:
         """Lets one unused streamed segment go: what no plan holds first, then what is needed last."""

@@ -5,11 +5,14 @@ parameter overrides `__torch_function__` and no hook is registered. So that they
 `forward` is wrapped. While one of the first two runs, its own parameters are plain tensors: the fused kernel needs all
 of them at once anyway. An encoder looks at the parameters of its first layer, does not compute with them, and keeps
 them in a local variable until its last layer has run: it gets placeholders that it takes for plain tensors.
+
+One thread at a time runs such a module: what is put in its place is there for all.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -27,13 +30,14 @@ _Spot = tuple[dict[str, Any], str, Placeholder]
 def wrap_fused(module: nn.Module) -> Callable[[], None]:
     """Wraps the fused modules of `module`; returns what takes the wrappers off again."""
     wrapped: list[nn.Module] = []
+    lock = threading.RLock()
     for child in module.modules():
         if "forward" in vars(child):
             continue  # somebody else's wrapper
         if isinstance(child, _FUSED):
-            _wrap(child, functools.partial(_plain_parameters, child))
+            _wrap(child, lock, functools.partial(_plain_parameters, child))
         elif isinstance(child, nn.TransformerEncoder) and len(child.layers):
-            _wrap(child, functools.partial(_unseen_parameters, child.layers[0]))
+            _wrap(child, lock, functools.partial(_unseen_parameters, child.layers[0]))
         else:
             continue
         wrapped.append(child)
@@ -45,12 +49,12 @@ def wrap_fused(module: nn.Module) -> Callable[[], None]:
     return unwrap
 
 
-def _wrap(module: nn.Module, around: Callable[[], AbstractContextManager[None]]) -> None:
+def _wrap(module: nn.Module, lock: threading.RLock, around: Callable[[], AbstractContextManager[None]]) -> None:
     forward = module.forward
 
     @functools.wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with around():
+        with lock, around():
             return forward(*args, **kwargs)
 
     vars(module)["forward"] = wrapped

@@ -23,7 +23,7 @@ class _Access:
 
 @dataclass(slots=True)
 class PassLog:
-    """The accesses of one pass, in order.
+    """The accesses of one pass, in order. What is not of the pass has no number.
 
     Times are seconds of any clock, or marks of one that `seconds` of `uses` can tell the time between.
 
@@ -43,25 +43,25 @@ class PassLog:
         self._open.append(len(self._accesses) - 1)
         return self._open[-1]
 
-    def bound(self, number: int, bound_s: Any) -> None:
+    def bound(self, number: int | None, bound_s: Any) -> None:
         """Notes that the operator has what it asked for, and computes from now on."""
-        if number < len(self._accesses):
+        if number is not None and number < len(self._accesses):
             self._accesses[number].bound_s = bound_s
 
-    def gathered(self, number: int, table: int, n_bytes: int, gathered_at: Any) -> None:
+    def gathered(self, number: int | None, table: int, n_bytes: int, gathered_at: Any) -> None:
         """Notes that an access was for rows of `table`, `n_bytes` of it, and when these were there."""
-        if number < len(self._accesses):
+        if number is not None and number < len(self._accesses):
             self._accesses[number].table = table
             self._accesses[number].gathered_bytes = n_bytes
             self._accesses[number].gathered_at = gathered_at
 
-    def end(self, number: int, done_s: Any = None) -> None:
+    def end(self, number: int | None, done_s: Any = None) -> None:
         """Notes that the operator is done."""
-        if number in self._open:
+        if number is not None and number in self._open:
             self._open.remove(number)
             self._accesses[number].done_s = done_s
 
-    def drop(self, number: int) -> None:
+    def drop(self, number: int | None) -> None:
         """Forgets an access that failed."""
         self.end(number)
         if number == len(self._accesses) - 1:

@@ -114,7 +114,7 @@ class Parts:
 
     def _new(self, part: Part) -> Entry:
         for key, entry in list(self._entries.items()):
-            if entry.state is State.ABSENT and not entry.n_pins:
+            if entry.state is State.ABSENT and not (entry.n_pins or entry.n_waiting):
                 del self._entries[key]
                 self._cache.entries.remove(entry)
         made = self._made(part)
@@ -128,6 +128,7 @@ class Parts:
         batches: Sequence[Batch],
         lock: threading.RLock,
         hold: Callable[[list[Entry]], object],
+        unpin: Callable[[list[Entry]], object],
         gathered: Callable[[int], None],
     ) -> torch.Tensor:
         """Returns the elements of rows of a table, copied out of parts; called without the lock.
@@ -138,6 +139,7 @@ class Parts:
             batches: In which parts to take it.
             lock: The pipeline's lock.
             hold: Pins entries and waits until they are there, under the lock.
+            unpin: Undoes that.
             gathered: Told of the bytes of every part.
         """
         served, stored = self._cache.entries[index].info.dtype, self.stored(index).dtype
@@ -154,7 +156,7 @@ class Parts:
             finally:
                 del memory
                 with lock:
-                    entry.n_pins -= 1
+                    unpin([entry])
                     if entry.is_loose:
                         self._cache.let_go(entry)
             gathered(batch.n_elements * stored.itemsize)

@@ -23,7 +23,7 @@ import torch
 
 from litrt.arena import Arena
 from litrt.bindings import Binding, Counters, Timings
-from litrt.cache import Cache, Entry, State
+from litrt.cache import Cache, Crowded, Entry, State
 from litrt.device import Device
 from litrt.errors import ClosedError, TraceMismatchError
 from litrt.follower import Follower
@@ -36,6 +36,7 @@ from litrt.ranges import named_range
 from litrt.reads import ReadThreads
 from litrt.store import TensorInfo
 from litrt.trace import Segment, Use
+from litrt.turns import Turns
 
 _URGENT = -1
 """Priority of a piece that an operator waits for; planned ones have the number of their load."""
@@ -78,6 +79,8 @@ class Pipeline:
             segments, infos, device, arena, scratch_bytes=scratch_bytes, growable=growable, wait=self._wait
         )
         self._entries = self.cache.entries
+        self._turns = Turns(self._wait, self._ready.notify_all)
+        self.cache.is_crowded = lambda: self._turns.are_others_at_work
         self._strict = strict
         self._tables = tables
         self._slot = tuple(index for index, segment in enumerate(segments) if segment.is_slot)
@@ -92,6 +95,7 @@ class Pipeline:
         self._log = PassLog()
         self._ended_s: Any = 0.0
         self._counting = False
+        self._pass_thread: int | None = None  # while there is a pass, which is recorded and follows the plan
         self._at_begin = (0, 0.0)  # of the pass: bytes read, and seconds of reading, before it
         self._timings = Timings()
         self._reads: ReadThreads[Entry] = ReadThreads(loader, self._lock, n_threads, self._read_done)
@@ -153,7 +157,7 @@ class Pipeline:
         if not self._device.is_host:
             return self._gather_by_host(index, rows)
         with self._slot_lock, self._noting(self._slot, index) as gathered:
-            return self._parts.gather(index, rows, batches, self._lock, self._hold, gathered)
+            return self._parts.gather(index, rows, batches, self._lock, self._hold, self._turns.unpin, gathered)
 
     def _gather_by_host(self, index: int, rows: Rows) -> torch.Tensor:
         """Returns rows that came by way of the host: nothing of them was in the arena."""
@@ -185,8 +189,9 @@ class Pipeline:
     def _bind(self, indices: tuple[int, ...], entries: list[Entry]) -> Binding:
         """Makes a use of `indices`; `entries` are those of them, or the part for which one is the room."""
         began_s = time.perf_counter()
-        step = self._step_of(indices) if self._follower is not None else None
-        access = self._log.begin(indices, self._device.mark())
+        is_mine = self._pass_thread in (None, threading.get_ident())
+        step = self._step_of(indices) if is_mine and self._follower is not None else None
+        access = self._log.begin(indices, self._device.mark()) if is_mine else None
         part = entries[0].part if entries else None
         if part is not None:
             self._log.bound(access, self._device.mark())
@@ -208,8 +213,7 @@ class Pipeline:
 
     def _hold(self, entries: list[Entry]) -> list[Entry]:
         """Pins entries and waits until they are all there."""
-        for entry in entries:
-            entry.n_pins += 1
+        self._turns.pin(entries)
         for entry in entries:
             if entry.state is not State.READY or entry.part is not None or entry.copied is not None:
                 break
@@ -224,8 +228,7 @@ class Pipeline:
                 if entry.copied is not None:
                     self._device.wait(entry.copied, is_hit=entry in hits)
         except BaseException:
-            for entry in entries:
-                entry.n_pins -= 1
+            self._turns.unpin(entries)
             raise
         return entries
 
@@ -235,9 +238,9 @@ class Pipeline:
         with self._lock:
             self._clock += 1
             for entry in binding.entries:
-                entry.n_pins -= 1
                 entry.last_use = self._clock
                 self._device.record_use(entry.used)
+            self._turns.unpin(binding.entries)
             self._log.end(binding.access, self._device.mark())
             if self._follower is not None and not self._closed:
                 self._follower.end(binding.step)
@@ -273,11 +276,7 @@ class Pipeline:
     def _make_ready(self, entries: list[Entry]) -> list[Entry]:
         """Waits until pinned `entries` are all there, loading those of which nothing is; returns those that were."""
         self.cache.reap()
-        for entry in entries:
-            if entry.state is State.HELD:
-                self.cache.revive(entry)
-            if (error := entry.take_error()) is not None:
-                raise error
+        self._revive(entries)
         whole = [entry for entry in entries if entry.part is None]
         hits = [entry for entry in whole if entry.state is State.READY]
         if self._counting:
@@ -286,21 +285,42 @@ class Pipeline:
             self.counters.n_faults += sum(entry.state is State.ABSENT for entry in whole)
         absent = [entry for entry in entries if entry.state is State.ABSENT]
         began_s = time.perf_counter()
-        if absent:
-            slot = self._entries[self._slot[0]] if self._slot else None
-            if absent[0].part is not None and self.cache.place_in_room(absent[0], slot):
-                self._queue_reads(absent[0], _URGENT)
-            else:
-                for entry in self.cache.place_now(absent, entries):
-                    self._queue_reads(entry, _URGENT)
         while any(entry.state is not State.READY for entry in entries):
-            for entry in entries:
-                if (error := entry.take_error()) is not None:
-                    raise error
-            self._wait()
+            if any(entry.state is State.ABSENT for entry in entries):
+                self._place(entries)
+            else:
+                self._wait()
+            self._revive(entries)
         if absent:
             self._timings.add(sum(entry.segment.fetch_bytes for entry in absent), time.perf_counter() - began_s)
         return hits
+
+    def _revive(self, entries: list[Entry]) -> None:
+        """Takes back what of pinned `entries` was released and lives on; raises what reading one of them has raised."""
+        for entry in entries:
+            if entry.state is State.HELD:
+                self.cache.revive(entry)
+            if (error := entry.take_error()) is not None:
+                raise error
+
+    def _place(self, entries: list[Entry]) -> None:
+        """Finds room for those of pinned `entries` that are absent and queues their reads, or waits for its turn."""
+        with self._turns.mine(entries):
+            self._revive(entries)
+            absent = [entry for entry in entries if entry.state is State.ABSENT]
+            if not absent:
+                return
+            slot = self._entries[self._slot[0]] if self._slot else None
+            if absent[0].part is not None and self.cache.place_in_room(absent[0], slot):
+                self._queue_reads(absent[0], _URGENT)
+                return
+            try:
+                placed = self.cache.place_now(absent, entries)
+            except Crowded:
+                self._turns.wait_for_others(entries)
+                return
+            for entry in placed:
+                self._queue_reads(entry, _URGENT)
 
     # The plan: issue loads as steps end, release what has had its last use.
 
@@ -316,7 +336,7 @@ class Pipeline:
             CorruptWeightError: If a resident cannot be read.
             BudgetError: If tensors over released weights are in the way of a resident.
         """
-        with self._lock:
+        with self._lock, self._turns.mine():
             self._check_open()
             self.stop()
             new = [(self._entries[i], offset) for i, offset in plan.resident.items() if not self._entries[i].resident]
@@ -333,9 +353,12 @@ class Pipeline:
             for entry, offset in new:
                 if entry.state is State.HELD:
                     self.cache.revive(entry)
-                if entry.state is State.ABSENT:
-                    self.cache.place_resident(entry, offset)
-                    self._queue_reads(entry, 0)
+                while entry.state is State.ABSENT:
+                    try:
+                        if self.cache.place_resident(entry, offset):
+                            self._queue_reads(entry, 0)
+                    except Crowded:
+                        self._turns.wait_for_others()
                 entry.resident = True
             for entry, _ in new:
                 while entry.state is State.READING:
@@ -391,8 +414,9 @@ class Pipeline:
     # Passes, and what they asked for.
 
     def begin_pass(self, *, counting: bool) -> None:
-        """Marks the start of a pass of the root module; its stalls and faults count, or do not."""
+        """Marks the start of a pass of the root module by this thread; stalls and faults count, or do not."""
         with self._lock:
+            self._pass_thread = threading.get_ident()
             self._take_stalls()
             self._log = PassLog(began_s=self._device.mark())
             self._counting = counting
@@ -412,6 +436,11 @@ class Pipeline:
         with self._lock:
             self._ended_s = self._device.mark()
             return self._follower.cursor.n_mismatches if self._follower is not None else 0
+
+    def leave_pass(self) -> None:
+        """Says that there is no pass any more, whether it ended or not."""
+        with self._lock:
+            self._pass_thread = None
 
     def uses(self) -> list[Use]:
         """Returns the uses of the pass that has ended, residents left out. Waits until the device has run it."""
@@ -437,10 +466,17 @@ class Pipeline:
 
     # What others ask.
 
-    def resident_tensor(self, index: int) -> torch.Tensor:
-        """Returns a new tensor, with a storage of its own, over the bytes of a resident segment."""
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other threads from using weights; waits until those that do are done."""
+        with self._lock, self._turns.alone():
+            yield
+
+    def resident_tensor(self, index: int) -> torch.Tensor | None:
+        """Returns a new tensor, with a storage of its own, over the bytes of a segment; None if it does not stay."""
         with self._lock:
-            return self.cache.another_tensor(self._entries[index])
+            entry = self._entries[index]
+            return self.cache.another_tensor(entry) if entry.resident else None
 
     def measured(self) -> tuple[float, float]:
         """Returns the bytes per second that the store has delivered on demand, and the seconds of a small read."""

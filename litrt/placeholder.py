@@ -91,13 +91,26 @@ class Placeholder(Stored):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        return _intercept(func, args, kwargs or {})
+        try:
+            return _intercept(func, args, kwargs or {})
+        except AttributeError as error:
+            if not _was_swapped(error):
+                raise
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        try:
+            return cls._dispatch(func, args, kwargs or {})
+        except AttributeError as error:
+            if not _was_swapped(error):
+                raise
+            return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func in DISPATCH_VIEWS:
             views = _view(func, args, kwargs)
             if views is not NotImplemented:
@@ -128,6 +141,14 @@ class Placeholder(Stored):
         raise LitrtError(
             f"cannot pickle {self._litrt_name!r}: litrt serves it from a store, which holds its values already."
         )
+
+
+def _was_swapped(error: AttributeError) -> bool:
+    """Says whether another thread has put a plain tensor in the place of a placeholder that this one looked at.
+
+    That happens before the weight is borrowed, so that nothing was computed yet.
+    """
+    return str(error.name).startswith("_litrt_") and type(error.obj) in (torch.Tensor, torch.nn.Parameter)
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]  # a compiled block breaks here, and goes on behind

@@ -14,6 +14,8 @@ from litrt.placeholder import Placeholder
 class Residents:
     """Swaps placeholders for plain tensors and back, object by object, so that every reference follows.
 
+    No placeholder becomes plain while an operator of another thread uses weights: it looks at it again when it is done.
+
     Args:
         placeholders: The placeholder objects of every segment.
         pipeline: Has the segments.
@@ -31,19 +33,25 @@ class Residents:
         One that torch refuses to swap (somebody holds a weak reference to it) stays a placeholder, which serves the
         same bytes at the cost of an interception.
         """
-        for index in indices:
-            if index in self._parked:
-                continue
-            parked: list[tuple[torch.Tensor, torch.Tensor]] = []
-            for spot in self._objects.get(index, ()):
-                plain = self._pipeline.resident_tensor(index)
-                if isinstance(spot, nn.Parameter):
-                    plain = nn.Parameter(plain, requires_grad=spot.requires_grad)
-                if _swap(spot, plain):
-                    parked.append((spot, plain))
-                else:
-                    self.all_plain = False
-            self._parked[index] = parked
+        with self._pipeline.alone():
+            for index in indices:
+                if index not in self._parked:
+                    self._settle(index)
+
+    def _settle(self, index: int) -> None:
+        parked: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for spot in self._objects.get(index, ()):
+            plain = self._pipeline.resident_tensor(index)
+            if plain is None:
+                self.all_plain = False
+                return
+            if isinstance(spot, nn.Parameter):
+                plain = nn.Parameter(plain, requires_grad=spot.requires_grad)
+            if _swap(spot, plain):
+                parked.append((spot, plain))
+            else:
+                self.all_plain = False
+        self._parked[index] = parked
 
     def evict(self, index: int) -> bool:
         """Puts the placeholders of a segment back; says whether all could be, so that nothing holds its bytes."""
@@ -71,6 +79,7 @@ def _swap(spot: torch.Tensor, other: torch.Tensor) -> bool:
         # Counting references to a parameter, torch makes a view of it and looks at its gradient function.
         with torch.inference_mode(False), torch.enable_grad():
             torch.utils.swap_tensors(spot, other)  # type: ignore[no-untyped-call]
-    except RuntimeError:
+    except (RuntimeError, AttributeError):
+        # Somebody holds it: an operator whose argument it is, for example, below which there are no gradient functions.
         return False
     return True

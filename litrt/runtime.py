@@ -324,14 +324,15 @@ class Runtime:
         self._unhook = unhook
 
     def _run_pass(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        self._in_pass = True
-        self._pipeline.begin_pass(counting=not self._recording)
         try:
+            self._in_pass = True
+            self._pipeline.begin_pass(counting=not self._recording)
             with torch.no_grad():
                 result = forward(*args, **kwargs)
             n_mismatches = self._pipeline.end_pass()
         finally:
             self._in_pass = False
+            self._pipeline.leave_pass()
         self._n_passes += not self._recording
         if self._recording:
             self._last_uses = self._pipeline.uses()
@@ -371,8 +372,9 @@ class Runtime:
     def _follow(self, plan: Plan) -> None:
         self._plan = plan
         self._measured.clear()
-        self._pipeline.start(plan)
-        self._residents.settle(plan.resident)
+        with self._pipeline.alone():  # others would evict what is not settled
+            self._pipeline.start(plan)
+            self._residents.settle(plan.resident)
         if (
             all(segment.is_slot or index in plan.resident for index, segment in enumerate(self._settled.segments))
             and self._residents.all_plain

@@ -26,9 +26,10 @@ MakeStore = Callable[..., Path]
 sys.path.append(str(Path(__file__).parent.parent))  # for `bench`, behind the litrt that is installed
 
 # The same examples in every run, so that a failure is one of the change at hand; --hypothesis-profile=search looks for
-# new ones.
+# new ones, --hypothesis-profile=many for more of them.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None)
+settings.register_profile("many", deadline=None, max_examples=500)
 settings.load_profile("same")
 
 
@@ -75,8 +76,7 @@ def make_store(tmp_path: Path) -> MakeStore:
     return make
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills the arena of every runtime with NaN bytes, at first and wherever a weight is released."""
 
     def arena(device: Device, *args: Any) -> Arena:
@@ -85,3 +85,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return made
 
     monkeypatch.setattr(litrt.runtime, "Arena", arena)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Poisons the runtimes of a test."""
+    poison(monkeypatch)

@@ -59,7 +59,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "compression",
         "convert",
     ),
-    "moving": ("arena", "cache", "bindings", "parts", "follower", "pipeline", "link"),
+    "moving": ("arena", "cache", "turns", "bindings", "parts", "follower", "pipeline", "link"),
     "model": ("rows", "borrow", "placeholder", "frames", "residents", "skeleton"),
     "wiring": ("runtime",),
     "top": ("testing", "demo", "cli", "__init__"),

@@ -455,6 +455,50 @@ def test_a_thread_may_use_parts_of_the_model_while_another_runs_it(path: Path, p
         assert rt.stats().peak_bytes <= rt.stats().budget_bytes
 
 
+@pytest.mark.parametrize("room", [0, 1.5])
+def test_threads_take_turns_where_the_budget_holds_the_weights_of_one_operator(
+    room: float, path: Path, plain: nn.Module
+) -> None:
+    with litrt.Runtime(Net, path, budget="min") as rt:
+        rt.warmup(sample())
+        smallest = rt.stats().budget_bytes
+    budget = smallest + int(room * plain.layers[0].weight.nbytes)
+    together = threading.Barrier(3)
+    with litrt.Runtime(Net, path, budget=budget) as rt, torch.no_grad():
+        rt.warmup(sample())
+
+        def whole() -> bool:
+            together.wait(60)
+            return all(torch.equal(rt(sample(seed)), plain(sample(seed))) for seed in range(20))
+
+        def part() -> bool:
+            together.wait(60)
+            layers = [number % N_LAYERS for number in range(100)]
+            return all(torch.equal(rt.module.layers[n](sample(n)), plain.layers[n](sample(n))) for n in layers)
+
+        with ThreadPoolExecutor(3) as pool:
+            assert all(future.result() for future in [pool.submit(run) for run in (whole, part, part)])
+        assert rt.stats().peak_bytes <= rt.stats().budget_bytes == budget
+
+
+def test_a_plan_is_made_of_what_the_pass_used_and_not_of_what_other_threads_did_meanwhile(
+    path: Path, plain: nn.Module
+) -> None:
+    with litrt.Runtime(Net, path, budget="40%", strict=True) as rt, ThreadPoolExecutor(1) as other, torch.no_grad():
+
+        def use_another(*_: Any) -> None:
+            done = other.submit(lambda: rt.module.layers[5](sample()))
+            assert torch.equal(done.result(60), plain.layers[5](sample()))
+
+        rt.module.layers[0].register_forward_hook(use_another)
+        for _ in range(3):
+            assert torch.equal(rt(sample()), plain(sample()))
+        names = [segment.name for segment in rt.trace.segments]
+        assert [names[index] for use in rt.trace.uses for index in use.segments] == [
+            name for name, _ in plain.named_parameters()
+        ]
+
+
 @pytest.mark.parametrize("budget", ["min", "60%", "100%"])
 def test_methods_that_call_the_module_and_its_parts_are_right(budget: str, path: Path, plain: nn.Module) -> None:
     with litrt.Runtime(Net, path, budget=budget) as rt:

@@ -1,0 +1,115 @@
+"""Threads that need room in the arena: one at a time makes it, and it waits for what others have in use.
+
+Called under the pipeline's lock, which waiting lets go of.
+
+Note on waiting. Whoever has pinned something that is there either computes with it, or waits for reads that are queued:
+it will let go. Those that wait here give up meanwhile what they have pinned for the operator that they wait for. Who
+has pinned something before that (a fused module does) is `_stuck`: another thread that has not lets it go first, and
+one that has does not wait for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from litrt.cache import Entry
+
+
+class Turns:
+    """Who has pinned how much, and whose turn it is.
+
+    Args:
+        wait: Waits until something has changed.
+        wake: Says that something has.
+    """
+
+    def __init__(self, wait: Callable[[], None], wake: Callable[[], None]) -> None:
+        self._wait = wait
+        self._wake = wake
+        self._n_pins: Counter[int] = Counter()  # by thread
+        self._stuck: set[int] = set()
+        self._owner: int | None = None
+        self._n_wanted = 0  # pins of the owner, for what it makes room for
+        self._n_waiting = 0
+
+    def pin(self, entries: Sequence[Entry]) -> None:
+        """Keeps `entries` where they are, until `unpin` in the same thread."""
+        for entry in entries:
+            entry.n_pins += 1
+        if entries:
+            self._n_pins[threading.get_ident()] += len(entries)
+
+    def unpin(self, entries: Sequence[Entry]) -> None:
+        """Says that the thread needs them no more."""
+        if not entries:
+            return
+        for entry in entries:
+            entry.n_pins -= 1
+        thread = threading.get_ident()
+        self._n_pins[thread] -= len(entries)
+        if not self._n_pins[thread]:
+            del self._n_pins[thread]  # threads end
+        if self._n_waiting:
+            self._wake()
+
+    @property
+    def are_others_at_work(self) -> bool:
+        """Whether other threads have pinned what they will let go of, if need be when it is their turn."""
+        thread = threading.get_ident()
+        others = [other for other in self._n_pins if other != thread]
+        if self._n_pins.get(thread, 0) > self._n_wanted:
+            others = [other for other in others if other not in self._stuck]  # they may wait for this one
+        return bool(others)
+
+    @contextmanager
+    def mine(self, entries: Sequence[Entry] = ()) -> Iterator[None]:
+        """Makes it the caller's turn; pinned `entries` may be gone by then."""
+        thread = threading.get_ident()
+        if self._owner not in (None, thread):
+            self._wait_for_turn(entries)
+        outer = self._owner, self._n_wanted
+        self._owner, self._n_wanted = thread, len(entries)
+        try:
+            yield
+        finally:
+            if self._owner == thread:
+                self._owner, self._n_wanted = outer
+            if self._n_waiting:
+                self._wake()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Makes it the caller's turn when no other thread is at work."""
+        with self.mine():
+            while self.are_others_at_work:
+                self.wait_for_others()
+            yield
+
+    def wait_for_others(self, entries: Sequence[Entry] = ()) -> None:
+        """Lets others have the turn until one has let go of something; pinned `entries` may be gone by then."""
+        mine = self._owner, self._n_wanted
+        self._owner, self._n_wanted = None, 0
+        self._wait_for_turn(entries, first=self._wait)
+        self._owner, self._n_wanted = mine
+
+    def _wait_for_turn(self, entries: Sequence[Entry], first: Callable[[], None] = lambda: None) -> None:
+        thread = threading.get_ident()
+        self.unpin(entries)
+        for entry in entries:
+            entry.n_waiting += 1
+        self._n_waiting += 1
+        self._stuck.add(thread)
+        self._wake()
+        try:
+            first()
+            while self._owner is not None:
+                self._wait()
+        finally:
+            self._n_waiting -= 1
+            self._stuck.discard(thread)
+            for entry in entries:
+                entry.n_waiting -= 1
+            self.pin(entries)
