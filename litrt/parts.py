@@ -126,7 +126,7 @@ class Parts:
         index: int,
         rows: Rows,
         batches: Sequence[Batch],
-        lock: threading.RLock,
+        lock: threading.Condition,
         hold: Callable[[list[Entry]], object],
         unpin: Callable[[list[Entry]], object],
         gathered: Callable[[int], None],
@@ -137,7 +137,7 @@ class Parts:
             index: The table.
             rows: What is wanted.
             batches: In which parts to take it.
-            lock: The pipeline's lock.
+            lock: Enters the pipeline's lock.
             hold: Pins entries and waits until they are there, under the lock.
             unpin: Undoes that.
             gathered: Told of the bytes of every part.

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -40,6 +40,19 @@ from litrt.turns import Turns
 
 _URGENT = -1
 """Priority of a piece that an operator waits for; planned ones have the number of their load."""
+
+
+class _Forked:
+    """Stands for the lock in a process that was forked off: the threads that read did not come along."""
+
+    def __enter__(self) -> NoReturn:
+        raise ClosedError(
+            "this process was forked from the one that made this runtime, whose threads it does not have: make a "
+            "litrt.Runtime in every process that uses one."
+        )
+
+    def __exit__(self, *_: object) -> None:
+        raise AssertionError("never entered")
 
 
 class Pipeline:
@@ -73,8 +86,9 @@ class Pipeline:
         tables: Set[int] = frozenset(),
     ) -> None:
         self.counters = Counters()
-        self._lock = threading.RLock()
-        self._ready = threading.Condition(self._lock)
+        lock = threading.RLock()
+        self._lock: threading.RLock | _Forked = lock
+        self._ready = threading.Condition(lock)
         self.cache = Cache(
             segments, infos, device, arena, scratch_bytes=scratch_bytes, growable=growable, wait=self._wait
         )
@@ -98,7 +112,7 @@ class Pipeline:
         self._pass_thread: int | None = None  # while there is a pass, which is recorded and follows the plan
         self._at_begin = (0, 0.0)  # of the pass: bytes read, and seconds of reading, before it
         self._timings = Timings()
-        self._reads: ReadThreads[Entry] = ReadThreads(loader, self._lock, n_threads, self._read_done)
+        self._reads: ReadThreads[Entry] = ReadThreads(loader, lock, n_threads, self._read_done)
 
     # Operators: acquire, use, release.
 
@@ -157,7 +171,7 @@ class Pipeline:
         if not self._device.is_host:
             return self._gather_by_host(index, rows)
         with self._slot_lock, self._noting(self._slot, index) as gathered:
-            return self._parts.gather(index, rows, batches, self._lock, self._hold, self._turns.unpin, gathered)
+            return self._parts.gather(index, rows, batches, self._ready, self._hold, self._turns.unpin, gathered)
 
     def _gather_by_host(self, index: int, rows: Rows) -> torch.Tensor:
         """Returns rows that came by way of the host: nothing of them was in the arena."""
@@ -545,8 +559,18 @@ class Pipeline:
         if self._closed:
             raise ClosedError("this runtime is closed: make a new litrt.Runtime to use its model again.")
 
+    def forked(self) -> None:
+        """Refuses all work in a process that was forked off; whoever held the lock there is gone."""
+        self._lock = _Forked()
+
     def close(self) -> None:
         """Ends the threads, once their reads are done, and lets the arena go. Safe to call twice."""
+        if isinstance(self._lock, _Forked):
+            return
+        if self._reads.is_one_of_them:
+            # The cycle collector ran there, and maybe under the lock that the others need to end.
+            threading.Thread(target=self.close, name="litrt-close", daemon=True).start()
+            return
         with self._lock:
             self._closed = True
             self._ready.notify_all()

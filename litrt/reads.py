@@ -106,6 +106,11 @@ class ReadThreads(Generic[T]):
         with self._lock:
             return sorted(self._small_s)[len(self._small_s) // 2] if self._small_s else 0.0
 
+    @property
+    def is_one_of_them(self) -> bool:
+        """Whether the caller is one of these threads."""
+        return threading.current_thread() in self._threads
+
     def close(self) -> None:
         """Drops what is queued, waits for the reads under way, and ends the threads."""
         with self._lock:

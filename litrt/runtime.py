@@ -49,6 +49,9 @@ _QUICK_S = 1.0
 """Warm-up passes of less than this are run again."""
 
 
+_alive: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
 class Runtime:
     """Runs a model whose weights are in a store, inside a budget.
 
@@ -191,6 +194,7 @@ class Runtime:
         except BaseException:
             self._stop()
             raise
+        _alive.add(self)
 
     @staticmethod
     def _tuned(
@@ -421,5 +425,14 @@ class Runtime:
         again = [use.segments for use in uses] == [use.segments for use in self._last_uses]
         self._last_uses = uses
         if again and self._policy == "belady" and self._plan is not None:
-            self._follow(replan(self._plan, uses))
+            self._follow(replan(self._plan, uses, self._arena.limit_bytes))
             self._last_uses = []
+
+
+def _forked() -> None:
+    for runtime in list(_alive):
+        runtime._pass_lock = threading.RLock()  # another thread may have held it, which is not here
+        runtime._pipeline.forked()
+
+
+os.register_at_fork(after_in_child=_forked)

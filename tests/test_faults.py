@@ -388,6 +388,23 @@ def test_passes_that_go_on_straying_are_planned_anew(budget: str, order: list[in
             assert counts.read_bytes == rt.plan.streamed_bytes
 
 
+def test_passes_that_go_on_straying_to_a_larger_operator_are_planned_in_the_arena_that_it_made_grow(
+    make_store: MakeStore,
+) -> None:
+    with litrt.Runtime(Layers, make_store(Layers()), budget="min") as rt:
+        rt.warmup(vector(32))
+        smallest = rt.stats().budget_bytes
+        weights = rt.module.weights
+        rt.module.before = lambda number: weights[number] @ weights[number - 1] if number else None
+        for _ in range(4):
+            assert torch.equal(rt(vector(32)), expected(32))
+        assert rt.stats().budget_bytes == rt.plan.budget_bytes == 2 * smallest
+        assert rt.plan.bound_bytes > 0
+        before = rt.stats()
+        assert torch.equal(rt(vector(32)), expected(32))
+        assert rt.stats().since(before).n_faults == 0
+
+
 def test_passes_that_stray_in_another_way_each_time_keep_the_plan(make_store: MakeStore) -> None:
     with litrt.Runtime(Layers, make_store(Layers()), budget="min") as rt:
         rt.warmup(vector(32))

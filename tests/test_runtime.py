@@ -7,13 +7,16 @@ import gc
 import inspect
 import os
 import re
+import signal
 import threading
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -382,6 +385,94 @@ def test_round_after_round_leaves_no_thread_no_descriptor_and_no_memory(make_sto
             rss = process.memory_info().rss
     # Eight rounds that each left their arena would be five models.
     assert process.memory_info().rss - rss < 2 * model_bytes
+
+
+def in_a_fork(run: Callable[[], bool]) -> bool:
+    """Returns what `run` returns in a process that is forked off, or False where that takes too long."""
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(0 if run() else 1)
+        finally:
+            os._exit(2)
+    for _ in range(300):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status == 0
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_that_is_forked_off_is_told_to_make_its_own(path: Path, plain: nn.Module) -> None:
+    with litrt.Runtime(Net, path, budget="min") as rt:
+        rt.warmup(sample())
+
+        def refused() -> bool:
+            uses: list[Callable[[], Any]] = [
+                lambda: rt(sample()),
+                lambda: rt.warmup(sample()),
+                lambda: rt.module.layers[3](sample()),
+                lambda: rt.module.norm.weight + 1,
+            ]
+            for use in uses:
+                with pytest.raises(litrt.ClosedError, match=r"forked.*make a litrt\.Runtime in every process"):
+                    use()
+            rt.close()
+            with litrt.Runtime(Net, path, budget="min") as own:
+                # Not a product: after a fork, torch waits for its own threads.
+                return np.array_equal(own.module.layers[3].weight.detach().numpy(), plain.layers[3].weight.numpy())
+
+        held, done = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with rt._pass_lock, rt._pipeline._lock:
+                held.set()
+                done.wait(60)
+
+        with ThreadPoolExecutor(1) as other:
+            holding = other.submit(hold)
+            held.wait(60)
+            assert in_a_fork(refused)
+            done.set()
+            holding.result()
+        assert torch.equal(rt(sample()), plain(sample()))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_weights_that_all_stay_are_there_in_a_process_that_is_forked_off(path: Path, plain: nn.Module) -> None:
+    with litrt.Runtime(Net, path, budget="100%") as rt:
+        rt.warmup(sample())
+
+        def same() -> bool:
+            return all(np.array_equal(w.detach().numpy(), plain.get_parameter(n).numpy()) for n, w in weights)
+
+        weights = list(rt.module.named_parameters())
+        assert in_a_fork(same)
+
+
+@pytest.mark.timeout(60)
+def test_a_runtime_that_is_collected_in_a_thread_that_reads_for_it_ends(path: Path) -> None:
+    others = read_threads()
+    rt = litrt.Runtime(Net, path, budget="min", n_threads=2)
+    mine = read_threads() - others
+    stopped = threading.Event()
+    read_done = rt._pipeline._reads._done
+
+    def collect(*args: Any) -> None:  # under the lock
+        read_done(*args)
+        rt._stop()
+        stopped.set()
+
+    rt._pipeline._reads._done = collect
+    with pytest.raises(litrt.ClosedError):
+        rt(sample())
+    assert stopped.wait(30)
+    for thread in mine:
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 # Several at once.
