@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, replace
 
 from litrt.device import Device
 from litrt.errors import BudgetError
 from litrt.layout import align_up
 from litrt.memory import available_bytes
 from litrt.store import TensorInfo
-from litrt.trace import Segment
+from litrt.trace import Segment, Trace
 from litrt.units import format_bytes, parse_bytes
 
 PAGE_BYTES = 4096
@@ -126,6 +126,22 @@ def settle(
             needed_bytes=needed_bytes,
         )
     return Budget(budget_bytes, budget_bytes - scratch_bytes, scratch_bytes, segments + slot)
+
+
+def smallest_bytes(trace: Trace | None, segments: Sequence[Segment], scratch_bytes: int, tables: Set[str]) -> int:
+    """Returns the smallest budget that works for what `trace` has recorded, or, without one, for each weight alone.
+
+    Args:
+        trace: What a pass uses.
+        segments: The weights, as they lie in an arena that does not hold all of them.
+        scratch_bytes: What loads need beside the arena.
+        tables: Names of weights of which rows may be there without the rest.
+    """
+    alone = max((segment.size_bytes for segment in segments if segment.name not in tables), default=0)
+    together = 0
+    if trace is not None:
+        together = replace(trace, segments=(*segments, *trace.segments[len(segments) :])).largest_use_bytes
+    return max(alone, together) + scratch_bytes
 
 
 def settle_host(budget: int | str, device: Device) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import gc
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
+from litrt.errors import LitrtError
 from litrt.pipeline import Pipeline
 from litrt.placeholder import Placeholder
 
@@ -69,6 +71,32 @@ class Residents:
         for index in list(self._parked):
             self.evict(index)
         self.all_plain = True
+
+    def detach(self, read: Callable[[int], torch.Tensor]) -> None:
+        """Puts plain tensors with memory of their own in the place of all placeholders, and of views of them.
+
+        Raises:
+            LitrtError: If torch refuses to swap one of them.
+        """
+        self._parked.clear()
+        views: dict[int, list[Placeholder]] = {}
+        for thing in gc.get_objects():
+            if issubclass(type(thing), Placeholder) and thing._litrt_source is self._pipeline:
+                views.setdefault(thing._litrt_index, []).append(thing)
+        for index, spots in self._objects.items():
+            plain = next((spot for spot in spots if not isinstance(spot, Placeholder)), None)
+            real = read(index) if plain is None else plain.detach().clone()
+            objects = {id(spot): spot for spot in (*spots, *views.get(index, ()))}
+            for spot in objects.values():
+                with torch._C.DisableTorchFunctionSubclass():
+                    made = real.as_strided(spot.size(), spot.stride(), spot.storage_offset())
+                if isinstance(spot, nn.Parameter):
+                    made = nn.Parameter(made, requires_grad=spot.requires_grad)
+                if not _swap(spot, made) and isinstance(spot, Placeholder):  # a plain one is right as it is
+                    raise LitrtError(
+                        f"cannot detach {self._pipeline.cache.entries[index].segment.name!r}: somebody holds a weak "
+                        "reference to it, or computes with it."
+                    )
 
 
 def _swap(spot: torch.Tensor, other: torch.Tensor) -> bool:

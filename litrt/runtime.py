@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self, get_args
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from litrt.arena import Arena
 from litrt.arrays import floating_dtype
-from litrt.budget import part_bytes, requested_bytes, settle, settle_host
+from litrt.budget import as_segments, part_bytes, requested_bytes, settle, settle_host, smallest_bytes
 from litrt.device import Device
 from litrt.devices import open_device
 from litrt.errors import ClosedError, LitrtError
@@ -25,6 +25,7 @@ from litrt.link import HostTier, Link
 from litrt.loader import StoreLoader
 from litrt.measured import better_plan, measured_again, typical
 from litrt.pipeline import Pipeline
+from litrt.placeholder import Placeholder
 from litrt.plan import Plan, Policy, make_plan, replan
 from litrt.reader import Reader
 from litrt.residents import Residents
@@ -149,6 +150,11 @@ class Runtime:
             loader = Link(self._device, self._host, stored, infos)
             n_threads, scratch_bytes = 1, loader.scratch_bytes
         self._loader = loader
+        self._reader = reader
+        self._infos = infos
+        self._stored = stored
+        self._scratch_bytes = scratch_bytes
+        self._tables = frozenset(slot_bytes)
         settled = settle(budget, infos, scratch_bytes, slot_bytes, stored=stored, device=self._device)
         self._settled = settled
         self._policy: Policy = policy
@@ -207,8 +213,7 @@ class Runtime:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module: one pass. The first one is recorded, unless `warmup` was called."""
-        if not self._stop.alive:
-            raise ClosedError("this runtime is closed: make a new litrt.Runtime to use its model again.")
+        self._check_open()
         if self._unhook is None:
             self._n_passes += 1
         with torch.no_grad():
@@ -223,8 +228,7 @@ class Runtime:
             *args: A sample input, passed to the module; later inputs should take the same path through it.
             **kwargs: Likewise.
         """
-        if not self._stop.alive:
-            raise ClosedError("this runtime is closed: make a new litrt.Runtime to use its model again.")
+        self._check_open()
         with self._pass_lock:
             if self._plan is not None:
                 self._unfollow()
@@ -255,6 +259,51 @@ class Runtime:
         if self._trace is None:
             raise LitrtError("there is no trace yet: call warmup(sample_input), or run one pass.")
         return self._trace
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights, of which a budget can be a percentage."""
+        return sum(info.nbytes for info in self._infos)
+
+    @property
+    def min_budget_bytes(self) -> int:
+        """The smallest budget that works: for a pass like the recorded one; before that, for each weight alone."""
+        align_bytes = None if self._device.is_host else self._device.align_bytes
+        segments = as_segments(self._infos, self._stored, align_bytes)
+        return smallest_bytes(self._trace, segments, self._scratch_bytes, self._tables)
+
+    def state_dict(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the names and the true tensors of the module's state dict, one at a time, in memory of their own.
+
+        `rt.module.state_dict()` has what stands for them, and loads nothing. What is read here is not in the budget.
+        """
+        self._check_open()
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Placeholder):
+                yield name, self._read_whole(tensor._litrt_index)
+            else:
+                yield name, tensor.detach().clone()
+
+    def detach(self) -> nn.Module:
+        """Loads all weights into memory of their own, closes the runtime, and returns the module: a plain one.
+
+        Raises:
+            LitrtError: If something holds a weight in a way that litrt cannot follow.
+        """
+        self._check_open()
+        with self._pass_lock, self._pipeline.alone():
+            self._residents.detach(self._read_whole)
+        self.close()
+        return self.module
+
+    def _read_whole(self, index: int) -> torch.Tensor:
+        """Returns a weight in memory of its own."""
+        info = self._infos[index]
+        return self._reader.read_tensor(info.name).to(device=self._device.torch_device, dtype=info.dtype)
+
+    def _check_open(self) -> None:
+        if not self._stop.alive:
+            raise ClosedError("this runtime is closed: make a new litrt.Runtime to use its model again.")
 
     def stats(self) -> Stats:
         """Returns what has happened so far."""
