@@ -46,6 +46,14 @@ def _view_of(placeholder: Stored, real: torch.Tensor) -> torch.Tensor:
     return real.detach().requires_grad_()
 
 
+def was_swapped(error: AttributeError) -> bool:
+    """Says whether another thread has put a plain tensor in the place of a placeholder that this one looked at.
+
+    That happens before the weight is borrowed, so that nothing was computed yet.
+    """
+    return str(error.name).startswith("_litrt_") and type(error.obj) in (torch.Tensor, torch.nn.Parameter)
+
+
 class Borrowed:
     """The values of placeholders, pinned in memory until `give_back`."""
 
@@ -63,28 +71,35 @@ class Borrowed:
         back into placeholders.
         """
         while found := [placeholder for placeholder in find() if id(placeholder) not in self._values]:
-            wanted: dict[int, tuple[Source, dict[int, None]]] = {}
-            for placeholder in found:
-                if not placeholder._litrt_is_whole:
-                    continue
-                source = placeholder._litrt_source
-                wanted.setdefault(id(source), (source, {}))[1][placeholder._litrt_index] = None
-            for placeholder in found:
-                source, index = placeholder._litrt_source, placeholder._litrt_index
-                indices = wanted.setdefault(id(source), (source, {}))[1]
-                if index not in indices and not self._borrow_part(placeholder):
-                    indices[index] = None
-            for source, indices in wanted.values():
-                if not indices:
-                    continue
-                binding = source.acquire(tuple(indices))
-                self._held.append((source, binding))
-                by_index = dict(zip(binding.indices, binding.tensors, strict=True))
-                for placeholder in found:
-                    if placeholder._litrt_source is source and id(placeholder) not in self._values:
-                        value = _view_of(placeholder, by_index[placeholder._litrt_index])
-                        self._keep(placeholder, value)
+            try:
+                self._borrow(found)
+            except AttributeError as error:
+                if not was_swapped(error):
+                    raise
         self._versions = [value._version for value in self._values.values()]
+
+    def _borrow(self, found: Sequence[Stored]) -> None:
+        wanted: dict[int, tuple[Source, dict[int, None]]] = {}
+        for placeholder in found:
+            if not placeholder._litrt_is_whole:
+                continue
+            source = placeholder._litrt_source
+            wanted.setdefault(id(source), (source, {}))[1][placeholder._litrt_index] = None
+        for placeholder in found:
+            source, index = placeholder._litrt_source, placeholder._litrt_index
+            indices = wanted.setdefault(id(source), (source, {}))[1]
+            if index not in indices and not self._borrow_part(placeholder):
+                indices[index] = None
+        for source, indices in wanted.values():
+            if not indices:
+                continue
+            binding = source.acquire(tuple(indices))
+            self._held.append((source, binding))
+            by_index = dict(zip(binding.indices, binding.tensors, strict=True))
+            for placeholder in found:
+                if placeholder._litrt_source is source and id(placeholder) not in self._values:
+                    value = _view_of(placeholder, by_index[placeholder._litrt_index])
+                    self._keep(placeholder, value)
 
     def take(
         self,
@@ -175,7 +190,7 @@ def call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         real_args, real_kwargs = _replace(args, borrowed), _replace(kwargs, borrowed)
-        with torch.no_grad(), _no_autocast_cache() if torch._C._is_any_autocast_enabled() else nullcontext():
+        with torch.no_grad(), no_autocast_cache() if torch._C._is_any_autocast_enabled() else nullcontext():
             result = func(*real_args, **real_kwargs)
         borrowed.check_unwritten(func)
         return borrowed.without_aliases(result)
@@ -260,7 +275,7 @@ def _is_apart(result: Any, values: Iterable[torch.Tensor]) -> bool:
 
 
 @contextmanager
-def _no_autocast_cache() -> Iterator[None]:
+def no_autocast_cache() -> Iterator[None]:
     """Keeps autocast from remembering the weights that it casts: until it ends, it would hold all of them."""
     was_enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

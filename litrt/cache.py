@@ -320,6 +320,7 @@ class Cache:
         return True
 
     def _evict_one_resident(self) -> bool:
+        torch.clear_autocast_cache()  # which holds the plain weights that it has cast
         for index, entry in enumerate(self.entries):
             if entry.resident and entry.block and not entry.n_pins and self.evict_resident(index):
                 entry.resident = False

@@ -14,12 +14,13 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
-from litrt.borrow import Borrowed
+from litrt.borrow import Borrowed, no_autocast_cache
 from litrt.placeholder import Placeholder, Unseen
 
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -80,7 +81,8 @@ def _plain_parameters(module: nn.Module) -> Iterator[None]:
         for parameters, name, placeholder in _spots(module):
             parameters[name] = borrowed[placeholder]
             put.append((parameters, name, placeholder))
-        yield
+        with no_autocast_cache() if torch._C._is_any_autocast_enabled() else nullcontext():
+            yield
     finally:
         for parameters, name, placeholder in put:
             parameters[name] = placeholder

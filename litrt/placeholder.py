@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 
-from litrt.borrow import Stored, call, call_directly, refuse_write
+from litrt.borrow import Stored, call, call_directly, refuse_write, was_swapped
 from litrt.device import contiguous_strides
 from litrt.errors import LitrtError
 from litrt.operators import (
@@ -94,7 +94,7 @@ class Placeholder(Stored):
         try:
             return _intercept(func, args, kwargs or {})
         except AttributeError as error:
-            if not _was_swapped(error):
+            if not was_swapped(error):
                 raise
             return func(*args, **(kwargs or {}))
 
@@ -105,7 +105,7 @@ class Placeholder(Stored):
         try:
             return cls._dispatch(func, args, kwargs or {})
         except AttributeError as error:
-            if not _was_swapped(error):
+            if not was_swapped(error):
                 raise
             return func(*args, **(kwargs or {}))
 
@@ -141,14 +141,6 @@ class Placeholder(Stored):
         raise LitrtError(
             f"cannot pickle {self._litrt_name!r}: litrt serves it from a store, which holds its values already."
         )
-
-
-def _was_swapped(error: AttributeError) -> bool:
-    """Says whether another thread has put a plain tensor in the place of a placeholder that this one looked at.
-
-    That happens before the weight is borrowed, so that nothing was computed yet.
-    """
-    return str(error.name).startswith("_litrt_") and type(error.obj) in (torch.Tensor, torch.nn.Parameter)
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]  # a compiled block breaks here, and goes on behind

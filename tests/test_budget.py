@@ -422,3 +422,40 @@ def test_the_smallest_budget_is_what_the_largest_use_needs_and_is_enough(make_st
         rt.warmup(x)
         rt(x)
         assert rt.stats().peak_bytes <= rt.stats().budget_bytes == smallest
+
+
+def test_autocast_does_not_keep_what_has_to_make_room(make_store: MakeStore) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+            self.large = nn.Linear(32, 128)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x)
+
+    plain = Two().eval()
+    x = torch.randn(3, 32)
+    budget = sum(weight.nbytes for weight in plain.layers.parameters()) + 1024
+    with litrt.Runtime(Two, make_store(plain), budget=budget) as rt, torch.no_grad():
+        rt.warmup(x)
+        assert rt.stats().resident_bytes == budget - 1024, "all that a pass uses"
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(rt(x), plain(x))
+            assert torch.equal(rt.module.large(x), plain.large(x))
+        assert rt.stats().peak_bytes <= rt.stats().budget_bytes == budget
+
+
+def test_autocast_keeps_no_weight_of_a_fused_module(make_store: MakeStore) -> None:
+    def construct() -> nn.Module:
+        return nn.Sequential(*(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True) for _ in range(3)))
+
+    plain = construct().eval()
+    x = torch.randn(3, 32)  # not a batch: the layers call their parts
+    with litrt.Runtime(construct, make_store(plain), budget="min") as rt, torch.no_grad():
+        rt.warmup(x)
+        smallest = rt.stats().budget_bytes
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for _ in range(2):
+                assert torch.equal(rt(x), plain(x))
+        assert rt.stats().budget_bytes == smallest
