@@ -278,13 +278,13 @@ class Cache:
         """Gives `entry` a block, evicting what is needed last, or raises; says whether nobody else has meanwhile."""
         segment = entry.segment
         collected = False
-        while not self._taken(entry, self.arena.place(segment.nbytes, segment.size_bytes, segment.align_bytes)):
+        while entry.state is State.ABSENT:
+            if self._taken(entry, self.arena.place(segment.nbytes, segment.size_bytes, segment.align_bytes)):
+                return True
             if self._evict_one():
                 continue
             if any(other.state is State.READING and not other.n_pins for other in self.entries):
-                self._wait()
-                if entry.state is not State.ABSENT:
-                    return False
+                self._wait()  # for this one too it may be, fetched by another thread
             elif self.is_crowded():
                 raise Crowded
             elif not collected and any(other.state is State.HELD for other in self.entries):
@@ -294,7 +294,7 @@ class Cache:
                 self.reap()
             elif not self._evict_one_resident():
                 self._grow(segment)
-        return True
+        return False
 
     def _taken(self, entry: Entry, block: Block | None) -> bool:
         if block is None:

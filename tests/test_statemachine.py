@@ -314,13 +314,19 @@ class Machine(RuleBasedStateMachine):
     def run_in_threads(self, work: list[list[Call]]) -> None:
         expected = [[call(self.plain) for call in part] for part in work]
 
-        def results(part: list[Call]) -> list[torch.Tensor]:
-            return [call(self.rt.module) for call in part]
+        def result(call: Call) -> torch.Tensor | None:
+            try:
+                return call(self.rt.module)
+            except litrt.BudgetError:
+                # What stays cannot make room while another thread computes with it, which is not known.
+                if self.rt.plan.resident and not self.rt.plan.budget_bytes >= self.rt.total_bytes:
+                    return None
+                raise
 
         with ThreadPoolExecutor(len(work)) as pool:
-            actual = list(pool.map(results, work))
+            actual = list(pool.map(lambda part: [result(call) for call in part], work))
         for got, wanted in zip(actual, expected, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+            assert all(a is None or torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
     @rule()
     def look_at_every_weight(self) -> None:
