@@ -111,7 +111,8 @@ class Sweep:
         if "plain" not in self._arguments.peers:
             self._measure(self._plain(), 0)
         for number in range(self._arguments.rounds):
-            for entry in entries:
+            # What a cell leaves behind of the machine is not always left to the same one.
+            for entry in reversed(entries) if number % 2 else entries:
                 self._measure(entry, number)
 
     def _header(self) -> dict[str, Any]:
