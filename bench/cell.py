@@ -18,6 +18,7 @@ from bench.models import ModelSpec, model_ctor
 from bench.peers import PEERS, load_mapped
 from bench.traces import as_json
 from bench.workload import Mode, Workload, digest
+from litrt.measured import N_PASSES
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,6 @@ class Job:
         """Returns the job as text, for the command line."""
         return json.dumps(asdict(self))
 
-
-N_SETTLING = 3
-"""Passes after which litrt does not change its plan any more; they are not timed."""
 
 Timed = tuple[list[float], list[float], str]
 
@@ -111,7 +109,7 @@ def measure_litrt(job: Job, data: Data, workload: Workload) -> dict[str, Any]:
             workload.fill(rt)
         rt.warmup(**workload.arguments())
         model = rt.module if job.mode == "generate" else rt
-        for _ in range(1 if job.mode == "generate" else N_SETTLING):
+        for _ in range(1 if job.mode == "generate" else N_PASSES):
             workload.ready(model)()
         ready_s = time.perf_counter() - began_s
         plan, before = rt.plan, rt.stats()

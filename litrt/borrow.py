@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NoReturn, Self
 
 import torch
@@ -190,7 +190,7 @@ def call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         real_args, real_kwargs = _replace(args, borrowed), _replace(kwargs, borrowed)
-        with torch.no_grad(), no_autocast_cache() if torch._C._is_any_autocast_enabled() else nullcontext():
+        with torch.no_grad(), no_autocast_cache():
             result = func(*real_args, **real_kwargs)
         borrowed.check_unwritten(func)
         return borrowed.without_aliases(result)
@@ -213,6 +213,8 @@ def call_directly(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
         if isinstance(arg, Stored):
             if not arg._litrt_is_plain or arg._litrt_index in indices:
                 return NotImplemented
+            if weights and arg._litrt_source is not weights[0]._litrt_source:
+                return NotImplemented
             weights.append(arg)
             indices.append(arg._litrt_index)
         elif isinstance(arg, list | tuple):
@@ -224,9 +226,6 @@ def call_directly(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
     if not weights:
         return NotImplemented
     source = weights[0]._litrt_source
-    for weight in weights:
-        if weight._litrt_source is not source:
-            return NotImplemented
     binding = source.acquire(tuple(indices))
     borrowed: Borrowed | None = None
     loaded: torch.Tensor | None
@@ -277,6 +276,9 @@ def _is_apart(result: Any, values: Iterable[torch.Tensor]) -> bool:
 @contextmanager
 def no_autocast_cache() -> Iterator[None]:
     """Keeps autocast from remembering the weights that it casts: until it ends, it would hold all of them."""
+    if not torch._C._is_any_autocast_enabled():
+        yield
+        return
     was_enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

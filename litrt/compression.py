@@ -24,6 +24,7 @@ from zarr.codecs import BloscCodec
 
 from litrt.arrays import ALIGN_BYTES, dtype_name
 from litrt.crc import CRC_BYTES, Bytes, extend_crc
+from litrt.directio import O_DIRECT
 from litrt.reader import Reader
 from litrt.store import Store, TensorInfo
 from litrt.tune import Tuning, read_bps
@@ -179,9 +180,9 @@ def _write_probe(root: Path, name: str, content: bytes, *, packed: bool) -> Tens
 
 
 def _check_direct(file: Path) -> None:
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | O_DIRECT)
     try:
-        if not hasattr(os, "O_DIRECT"):
+        if not O_DIRECT:
             raise OSError(errno.EINVAL, "this system has no direct reads")
         os.preadv(fd, [mmap.mmap(-1, ALIGN_BYTES)], 0)
     finally:

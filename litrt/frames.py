@@ -14,10 +14,9 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from litrt.borrow import Borrowed, no_autocast_cache
@@ -81,7 +80,7 @@ def _plain_parameters(module: nn.Module) -> Iterator[None]:
         for parameters, name, placeholder in _spots(module):
             parameters[name] = borrowed[placeholder]
             put.append((parameters, name, placeholder))
-        with no_autocast_cache() if torch._C._is_any_autocast_enabled() else nullcontext():
+        with no_autocast_cache():
             yield
     finally:
         for parameters, name, placeholder in put:

@@ -11,8 +11,11 @@ from dataclasses import replace
 from statistics import median
 
 from litrt.plan import Plan, bounded, make_plan
-from litrt.schedule import READ_SHARE, Schedule, Step, pass_s, streamed_steps
+from litrt.schedule import Schedule, Step, pass_s, streamed_steps
 from litrt.trace import Trace, Use
+
+N_PASSES = 3
+"""Passes that follow a plan and are measured; after them it stays as it is."""
 
 _NEAR = 1.03
 """A plan whose pass takes no more than this times its bound is not made again."""
@@ -52,9 +55,9 @@ def measured_again(plan: Plan, uses: Sequence[Use], bandwidth_bps: float) -> Pla
         bandwidth_bps: Bytes per second while something was being read.
     """
     trace = Trace(plan.segments, tuple(uses), bandwidth_bps)
-    steps, _ = streamed_steps(trace, frozenset(load.segment for load in plan.loads))
-    if [step.segments for step in steps] != [step.segments for step in plan.steps]:
-        return plan  # it did something else
+    steps = _measured_steps(plan, trace)
+    if steps is None:
+        return plan
     schedule = Schedule(tuple(steps), plan.loads, plan.streamed_bytes)
     return replace(
         plan,
@@ -65,6 +68,12 @@ def measured_again(plan: Plan, uses: Sequence[Use], bandwidth_bps: float) -> Pla
         bandwidth_bps=bandwidth_bps,
         latency_s=0.0,
     )
+
+
+def _measured_steps(plan: Plan, trace: Trace) -> list[Step] | None:
+    """Returns the steps of `plan` with the seconds of a pass that followed it; None where that did something else."""
+    steps, _ = streamed_steps(trace, frozenset(load.segment for load in plan.loads))
+    return steps if [step.segments for step in steps] == [step.segments for step in plan.steps] else None
 
 
 def _slowed(plan: Plan, steps: Sequence[Step]) -> tuple[Use, ...]:
@@ -94,8 +103,8 @@ def better_plan(plan: Plan, trace: Trace, uses: Sequence[Use], bandwidth_bps: fl
         uses: What the passes used of what streams.
         bandwidth_bps: Bytes per second while something was being read.
     """
-    steps, _ = streamed_steps(replace(trace, uses=tuple(uses)), frozenset(load.segment for load in plan.loads))
-    if plan.policy != "belady" or [step.segments for step in steps] != [step.segments for step in plan.steps]:
+    steps = _measured_steps(plan, replace(trace, uses=tuple(uses)))
+    if plan.policy != "belady" or steps is None:
         return None
     if len(trace.uses) != len(plan.uses) or any(
         use.table is None and use.segments != planned.segments
@@ -115,12 +124,10 @@ def better_plan(plan: Plan, trace: Trace, uses: Sequence[Use], bandwidth_bps: fl
         for use, planned, now in zip(trace.uses, plan.uses, slowed, strict=True)
     )
     retraced = replace(trace, uses=measured, bandwidth_bps=bandwidth_bps)
-    now_s = pass_s(replace(retraced, uses=slowed), Schedule(tuple(steps), plan.loads, plan.streamed_bytes))
-    if now_s <= _NEAR * bounded(plan, replace(retraced, uses=slowed)).bound_s:
+    followed = replace(retraced, uses=slowed)
+    now_s = pass_s(followed, Schedule(tuple(steps), plan.loads, plan.streamed_bytes))
+    if now_s < _WORTH_S or now_s <= _NEAR * bounded(plan, followed).bound_s:
         return None
-    if now_s < _WORTH_S:
-        return None
+    cost_s = replace(plan, pass_s=now_s, bandwidth_bps=bandwidth_bps).cost_s
     made = make_plan(retraced, plan.budget_bytes)
-    cost_s = now_s + READ_SHARE * (plan.streamed_bytes - plan.gathered_bytes) / bandwidth_bps
-    made_s = made.pass_s + READ_SHARE * made.transfer_s
-    return made if made_s <= _WORTH * cost_s and made_s <= cost_s - _WORTH_S else None
+    return made if made.cost_s <= min(_WORTH * cost_s, cost_s - _WORTH_S) else None

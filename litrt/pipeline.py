@@ -225,7 +225,7 @@ class Pipeline:
             self._follower.begin(step)
         return Binding(indices, tensors, step, access, entries)
 
-    def _hold(self, entries: list[Entry]) -> list[Entry]:
+    def _hold(self, entries: list[Entry]) -> None:
         """Pins entries and waits until they are all there."""
         self._turns.pin(entries)
         for entry in entries:
@@ -234,7 +234,7 @@ class Pipeline:
         else:
             if self._counting:
                 self.counters.n_hits += len(entries)
-            return entries
+            return
         try:
             with named_range("wait", (entry.segment.name for entry in entries)):
                 hits = self._make_ready(entries)
@@ -244,7 +244,6 @@ class Pipeline:
         except BaseException:
             self._turns.unpin(entries)
             raise
-        return entries
 
     def release(self, binding: Binding) -> None:
         """Says that the operator is done with what `acquire` gave it."""

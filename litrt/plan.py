@@ -15,7 +15,7 @@ from litrt.bound import groups, min_pass_s, min_streamed_bytes
 from litrt.layout import align_up, best_layout
 from litrt.policy import lru_loads
 from litrt.residency import choose_streamed
-from litrt.schedule import Load, Schedule, Step, best_schedule, pass_s, step_by_step, streamed_steps
+from litrt.schedule import READ_SHARE, Load, Schedule, Step, best_schedule, pass_s, step_by_step, streamed_steps
 from litrt.tables import best_plan
 from litrt.trace import Segment, Trace, Use
 from litrt.units import format_bytes
@@ -79,6 +79,11 @@ class Plan:
     def transfer_s(self) -> float:
         """Seconds in which the store delivers what a pass streams; what it gathers is part of `compute_s`."""
         return (self.streamed_bytes - self.gathered_bytes) / self.bandwidth_bps
+
+    @property
+    def cost_s(self) -> float:
+        """What plans are compared by: seconds of a pass, and those that reading takes from what computes meanwhile."""
+        return self.pass_s + READ_SHARE * self.transfer_s
 
     @property
     def bottleneck(self) -> str:

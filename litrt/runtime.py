@@ -23,7 +23,7 @@ from litrt.errors import ClosedError, LitrtError
 from litrt.frames import wrap_fused
 from litrt.link import HostTier, Link
 from litrt.loader import StoreLoader
-from litrt.measured import better_plan, measured_again, typical
+from litrt.measured import N_PASSES, better_plan, measured_again, typical
 from litrt.pipeline import Pipeline
 from litrt.placeholder import Placeholder
 from litrt.plan import Plan, Policy, make_plan, replan
@@ -42,9 +42,6 @@ _WARMUP_SHARE = 0.5
 
 _RESERVE_BYTES = 512 << 20
 """Memory of a device that a budget of "auto" leaves free, beside the activations of the warm-up."""
-
-_N_MEASURED = 3
-"""Passes that follow a plan and are measured for its predictions."""
 
 _QUICK_S = 1.0
 """Warm-up passes of less than this are run again."""
@@ -438,7 +435,7 @@ class Runtime:
     def _measure_again(self) -> None:
         """Lets the plan predict with what the first passes that follow it have measured; makes a better one, once."""
         plan = self._plan
-        if plan is None or not plan.loads or len(self._measured) >= _N_MEASURED or not self._device.is_host:
+        if plan is None or not plan.loads or len(self._measured) >= N_PASSES or not self._device.is_host:
             return
         self._measured.append((self._pipeline.uses(), *self._pipeline.delivered()))
         uses = typical([uses for uses, _, _ in self._measured])
@@ -446,7 +443,7 @@ class Runtime:
         busy_s = sum(busy_s for _, _, busy_s in self._measured)
         if not n_bytes or not busy_s:
             return
-        if len(self._measured) == _N_MEASURED and not self._is_settled and self._trace is not None:
+        if len(self._measured) == N_PASSES and not self._is_settled and self._trace is not None:
             self._is_settled = True
             better = better_plan(plan, self._trace, uses, n_bytes / busy_s)
             if better is not None:

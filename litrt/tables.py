@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
-from litrt.schedule import READ_SHARE
 from litrt.trace import Trace, Use
 
 _SMALL_SHARE = 0.1
@@ -26,13 +25,8 @@ class Planned(Protocol):
         ...
 
     @property
-    def pass_s(self) -> float:
-        """Predicted seconds of a pass."""
-        ...
-
-    @property
-    def transfer_s(self) -> float:
-        """Seconds of reading in it."""
+    def cost_s(self) -> float:
+        """What plans are compared by."""
         ...
 
 
@@ -75,7 +69,7 @@ def best_plan(trace: Trace, budget_bytes: int, make: Callable[[Trace], P]) -> P 
         # Rows of all of them, there at once, may need more room than the whole of one.
         made = trace.with_whole_tables()
         return make(made) if made.largest_use_bytes <= budget_bytes else None
-    return min(plans, key=lambda plan: plan.pass_s + READ_SHARE * plan.transfer_s)
+    return min(plans, key=lambda plan: plan.cost_s)
 
 
 def _in_order(trace: Trace) -> tuple[list[int], set[int]]:
