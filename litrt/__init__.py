@@ -23,6 +23,7 @@ from litrt.errors import (
 )
 from litrt.plan import Plan
 from litrt.runtime import Runtime
+from litrt.shared import SharedBudget
 from litrt.stats import Stats
 from litrt.store import Store, TensorInfo, open_store
 
@@ -34,6 +35,7 @@ __all__ = [
     "LitrtError",
     "Plan",
     "Runtime",
+    "SharedBudget",
     "SkeletonError",
     "Stats",
     "Store",

@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from litrt.device import Device, Event, Memory
+from litrt.device import Device, Event, Memory, give_back, move_bytes
 from litrt.layout import align_up
 
 POISON = 0xFF
@@ -43,7 +43,7 @@ class Arena:
 
     Args:
         device: Whose memory it is.
-        capacity_bytes: Address space; the limit can be raised up to it.
+        capacity_bytes: Address space; the limit can be raised up to it. Where there is not so much, it is the limit.
         limit_bytes: No block reaches beyond this offset.
         poison: Fill what is released with NaN bytes, so that a stale read cannot pass unseen. For tests.
     """
@@ -54,7 +54,14 @@ class Arena:
         self.held_bytes = 0
         self._poison = poison
         self._device = device
-        self._memory: Memory | None = device.allocate(max(capacity_bytes, 1))
+        self._memory: Memory | None = None
+        try:
+            self._memory = self._allocate(capacity_bytes)
+        except (OSError, MemoryError):
+            if capacity_bytes <= limit_bytes:
+                raise
+            self.capacity_bytes = limit_bytes
+            self._memory = self._allocate(limit_bytes)
         self._blocks: list[Block] = []  # sorted by offset, disjoint
         self._offsets: list[int] = []
         self._busy: list[tuple[int, int, list[Event]]] = []  # ranges given back, and what they wait for
@@ -79,9 +86,41 @@ class Arena:
         self._device.synchronize()
         self._busy.clear()
         self._memory = None
-        self._memory = self._device.allocate(max(limit_bytes, 1))
+        self._memory = self._allocate(limit_bytes)
         self.capacity_bytes = self.limit_bytes = limit_bytes
         return True
+
+    def _allocate(self, n_bytes: int) -> Memory:
+        memory = self._device.allocate(max(n_bytes, 1))
+        if self._poison:
+            self._device.fill(memory, POISON)
+        return memory
+
+    def shrink(self, limit_bytes: int) -> bool:
+        """Lowers the limit and gives the memory behind it back to the host; says whether no block was in the way."""
+        if self.end > limit_bytes:
+            return False
+        self.limit_bytes = limit_bytes
+        give_back(self._range(limit_bytes, self.capacity_bytes))
+        return True
+
+    def move(self, block: Block, offset: int, size_bytes: int) -> Block | None:
+        """Moves what is in a block, in memory of the host; returns its new block, or None if others are there.
+
+        Nobody sees its bytes meanwhile.
+        """
+        if offset + size_bytes > self.limit_bytes:
+            return None
+        if any(other is not block for other in self.in_the_way(offset, size_bytes)):
+            return None
+        self._remove(block)
+        move_bytes(self._range(0, self.capacity_bytes), block.offset, offset, block.nbytes)
+        if self._poison:
+            left = (block.offset, min(block.end, offset)), (max(block.offset, offset + size_bytes), block.end)
+            for start, end in left:
+                if start < end:
+                    self._device.fill(self._range(start, end), POISON)
+        return self._add(Block(offset, size_bytes, block.nbytes))
 
     def place(self, nbytes: int, size_bytes: int, align_bytes: int) -> Block | None:
         """Returns a block in the first hole that fits, or None."""
@@ -120,6 +159,9 @@ class Arena:
             self._device.fill(self._range(block.offset, block.end), POISON, waits)
         if waits:
             self._busy.append((block.offset, block.end, waits))
+        self._remove(block)
+
+    def _remove(self, block: Block) -> None:
         index = bisect_left(self._offsets, block.offset)
         assert self._blocks[index] is block, "a block is freed once"
         del self._blocks[index], self._offsets[index]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from litrt.device import Device
 from litrt.errors import BudgetError
 from litrt.layout import align_up
 from litrt.memory import available_bytes
 from litrt.store import TensorInfo
-from litrt.trace import Segment, Trace
+from litrt.trace import Segment
 from litrt.units import format_bytes, parse_bytes
 
 PAGE_BYTES = 4096
@@ -44,15 +44,15 @@ class Budget:
     is_auto: bool = False
 
     @property
-    def capacity_bytes(self) -> int:
-        """Bytes of an arena that may become as large as it has to: every weight, and its padding."""
-        if not self.growable:
-            return self.arena_bytes
+    def most_bytes(self) -> int:
+        """Bytes of the largest arena that any budget can ask for: every weight, and its padding."""
         return max(self.arena_bytes, sum(segment.size_bytes + PAGE_BYTES for segment in self.segments))
 
 
-def requested_bytes(budget: int | str, total_bytes: int) -> int | None:
+def requested_bytes(budget: int | str, total_bytes: int, held_bytes: int = 0) -> int | None:
     """Returns the bytes that `budget` asks for on the host, of a model of `total_bytes`; None for `"min"`.
+
+    Of `held_bytes` a runtime has taken already, which is available to itself.
 
     Raises:
         BudgetError: If `budget` cannot be read.
@@ -60,7 +60,7 @@ def requested_bytes(budget: int | str, total_bytes: int) -> int | None:
     if budget == "min":
         return None
     if budget == "auto":
-        return int(available_bytes() * _AUTO_SHARE)
+        return int((available_bytes() + held_bytes) * _AUTO_SHARE)
     return parse_bytes(budget, of_bytes=total_bytes)
 
 
@@ -97,24 +97,19 @@ def settle(
     if budget == "min":
         return Budget(scratch_bytes, 0, scratch_bytes, segments + slot, growable=True)
     if budget == "auto" and not on_host:
-        return Budget(scratch_bytes, 0, scratch_bytes, segments, growable=True, is_auto=True)
+        return Budget(scratch_bytes, 0, scratch_bytes, segments + slot, growable=True, is_auto=True)
     budget_bytes = requested_bytes(budget, total_bytes)
     assert budget_bytes is not None
     if budget_bytes >= footprint_bytes + scratch_bytes:
         return Budget(footprint_bytes + scratch_bytes, footprint_bytes, scratch_bytes, segments + slot)
     if not on_host and budget_bytes >= total_bytes + scratch_bytes:
         # All values fit; the gaps between them, of less than the alignment each, come on top.
-        return Budget(budget_bytes, footprint_bytes, scratch_bytes, segments)
+        return Budget(budget_bytes, footprint_bytes, scratch_bytes, segments + slot)
     if budget_bytes >= total_bytes and not casts_some(infos, stored) and on_host and is_direct:
         # All fits, though not with every large weight on a page. Off a page, reads need no scratch.
         packed = as_segments(infos, stored, CACHE_LINE_BYTES)
-        return Budget(budget_bytes, sum(segment.size_bytes for segment in packed), 0, packed)
-    # Of a table, no more than that may ever be needed at once.
-    largest = max(
-        (segment for segment in segments + slot if segment.name not in slot_bytes),
-        key=lambda segment: segment.size_bytes,
-        default=None,
-    )
+        return Budget(budget_bytes, sum(segment.size_bytes for segment in packed), 0, packed + slot)
+    largest = largest_segment(segments + slot, slot_bytes.keys())
     if largest is not None and largest.size_bytes + scratch_bytes > budget_bytes:
         needed_bytes = largest.size_bytes + scratch_bytes
         raise BudgetError(
@@ -128,20 +123,10 @@ def settle(
     return Budget(budget_bytes, budget_bytes - scratch_bytes, scratch_bytes, segments + slot)
 
 
-def smallest_bytes(trace: Trace | None, segments: Sequence[Segment], scratch_bytes: int, tables: Set[str]) -> int:
-    """Returns the smallest budget that works for what `trace` has recorded, or, without one, for each weight alone.
-
-    Args:
-        trace: What a pass uses.
-        segments: The weights, as they lie in an arena that does not hold all of them.
-        scratch_bytes: What loads need beside the arena.
-        tables: Names of weights of which rows may be there without the rest.
-    """
-    alone = max((segment.size_bytes for segment in segments if segment.name not in tables), default=0)
-    together = 0
-    if trace is not None:
-        together = replace(trace, segments=(*segments, *trace.segments[len(segments) :])).largest_use_bytes
-    return max(alone, together) + scratch_bytes
+def largest_segment(segments: Iterable[Segment], tables: Set[str]) -> Segment | None:
+    """Returns the largest of what is ever needed at once by itself: of `tables`, no more than the room for rows."""
+    alone = (segment for segment in segments if segment.name not in tables)
+    return max(alone, key=lambda segment: segment.size_bytes, default=None)
 
 
 def settle_host(budget: int | str, device: Device) -> int:

@@ -4,10 +4,11 @@ Everything here is called under the pipeline's lock.
 
 Note on aliases. A tensor over a block has a storage of its own, which holds the only lasting reference to the view of
 the arena that the entry's lease points to. When the lease is dead, no tensor sees the bytes. While it lives, the block
-is HELD: litrt has let go of it, somebody has not, and it is not overwritten. Lease callbacks can run in any thread at
-any allocation, also one that holds the lock, so they only append to a deque. What somebody has queued with an alias is
-queued before it dies: an event that is recorded when its end is noticed, on the stream that is current then, comes
-after that. As for any tensor in torch, whoever uses an alias on another stream makes the streams wait for each other.
+is HELD: litrt has let go of it, somebody has not, and it is not overwritten. Leases can end in any thread at any
+allocation, also in one that holds the lock, so they are only appended to a deque then. What somebody has queued with an
+alias is queued before it dies: an event that is recorded when its end is noticed, on the stream that is current then,
+comes after that. As for any tensor in torch, whoever uses an alias on another stream makes the streams wait for each
+other.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NoReturn
 
 import torch
 
@@ -67,7 +69,7 @@ class Entry:
     state: State = State.ABSENT
     block: Block | None = None
     tensor: torch.Tensor | None = None
-    lease: weakref.ref[Memory] | None = None
+    lease: _Lease | None = None
     copied: Event | None = None  # when its bytes are there, on a device that runs behind the host
     used: list[Event] = field(default_factory=list)  # when the uses of it that were queued are done
     resident: bool = False
@@ -87,6 +89,17 @@ class Entry:
         """Returns the error of the last read, once."""
         error, self.error = self.error, None
         return error
+
+
+class _Lease(weakref.ref[Memory]):
+    """A reference to the view of the arena that tensors over a block share.
+
+    No Python code runs when it ends, which may be in the middle of torch's own.
+    """
+
+    __slots__ = ("block", "entry")
+    entry: Entry
+    block: Block
 
 
 class Crowded(Exception):
@@ -124,10 +137,11 @@ class Cache:
         self.room: tuple[int, int] | None = None  # offset and size of what is kept free for parts
         self.evict_resident: Callable[[int], bool] = lambda _: False
         self.is_crowded: Callable[[], bool] = lambda: False  # whether other threads will let go of something
+        self.is_watched: Callable[[], bool] = lambda: False  # whether others compute with plain tensors over it
         self._device = device
-        self._growable = growable
+        self.growable = growable
         self._wait = wait
-        self._freed: deque[tuple[Entry, Block]] = deque()
+        self._freed: deque[_Lease] = deque()
 
     # Tensors over blocks.
 
@@ -136,8 +150,8 @@ class Cache:
         if entry.tensor is None:
             assert entry.block is not None
             memory = self.arena.memory(entry.block)
-            block, freed = entry.block, self._freed
-            entry.lease = weakref.ref(memory, lambda _: freed.append((entry, block)))
+            entry.lease = _Lease(memory, self._freed.append)
+            entry.lease.entry, entry.lease.block = entry, entry.block
             entry.tensor = self._device.tensor(memory, entry.info)
         return entry.tensor
 
@@ -163,7 +177,8 @@ class Cache:
     def reap(self) -> None:
         """Frees the held blocks whose last tensor has died."""
         while self._freed:
-            entry, block = self._freed.popleft()
+            lease = self._freed.popleft()
+            entry, block = lease.entry, lease.block
             if entry.block is block and entry.state is State.HELD:
                 self._free_held(entry)
 
@@ -195,9 +210,59 @@ class Cache:
 
     # Room.
 
+    def keep(self, offsets: Mapping[Entry, int]) -> None:
+        """Makes residents of those of `offsets` that are there, moved to their offsets; lets go of other loose ones.
+
+        What cannot be moved, because there are tensors over it, or because it is in the way of itself, is let go of.
+        On a device nothing is moved.
+        """
+        if not offsets:
+            return
+        for entry in self.entries:
+            if entry.is_loose and entry not in offsets:
+                self.let_go(entry)
+        self.reap()
+        to_move: list[Entry] = []
+        for entry, offset in offsets.items():
+            if entry.block is None or not entry.is_loose:
+                continue
+            if entry.block.offset == offset and entry.block.size_bytes == entry.segment.size_bytes:
+                entry.resident = True
+            elif self._device.is_host and entry.block.size_bytes and self._is_unseen(entry):
+                to_move.append(entry)
+            else:
+                self.let_go(entry)
+        to_move.sort(key=lambda entry: entry.block.offset if entry.block is not None else 0)
+        while to_move:
+            left = []
+            for entry in to_move:
+                assert entry.block is not None
+                moved = self.arena.move(entry.block, offsets[entry], entry.segment.size_bytes)
+                if moved is not None:
+                    entry.block, entry.resident = moved, True
+                else:
+                    left.append(entry)
+            if len(left) == len(to_move):
+                # Each in the way of another one: the smallest is read again.
+                self.free(left.pop(min(range(len(left)), key=lambda number: left[number].segment.size_bytes)))
+            to_move = left[::-1]  # those that move up can do so from the last one on
+
+    def _is_unseen(self, entry: Entry) -> bool:
+        """Says whether there is no tensor over the block of a READY entry; drops ours."""
+        memory = entry.lease() if entry.lease is not None else None
+        entry.tensor = None
+        if memory is None:
+            return True
+        lease, memory = entry.lease, None
+        if lease is not None and lease() is None:
+            entry.lease = None
+            return True
+        self.revive(entry)
+        return False
+
     def is_tight(self, size_bytes: int) -> bool:
         """Says whether something of that size would take more than half of the arena, or of what it has grown to."""
-        return self._growable or size_bytes > self.arena.limit_bytes // 2
+        return self.growable or size_bytes > self.arena.limit_bytes // 2
 
     def place_planned(self, entry: Entry, offset: int | None) -> bool:
         """Gives `entry` a block at `offset`, or anywhere, at the cost of loose ones only; says whether it could."""
@@ -292,8 +357,10 @@ class Cache:
                 collected = True
                 gc.collect()
                 self.reap()
-            elif not self._evict_one_resident():
-                self._grow(segment)
+            elif not self._evict_one_resident() and not self._grow(segment):
+                if self.is_watched():
+                    raise Crowded
+                self._refuse(segment)
         return False
 
     def _taken(self, entry: Entry, block: Block | None) -> bool:
@@ -328,13 +395,17 @@ class Cache:
                 return True
         return False
 
-    def _grow(self, segment: Segment) -> None:
-        """Raises the limit of a growable arena so that `segment` fits, or raises BudgetError."""
+    def _grow(self, segment: Segment) -> bool:
+        """Raises the limit of a growable arena so that `segment` fits; says whether it could."""
+        needed = align_up(self.arena.end, segment.align_bytes) + segment.size_bytes
+        if not self.growable or needed > self.arena.capacity_bytes:
+            return False
+        self.arena.limit_bytes = max(self.arena.limit_bytes, needed)
+        return True
+
+    def _refuse(self, segment: Segment) -> NoReturn:
+        """Raises the error that says that `segment` does not fit."""
         arena = self.arena
-        needed = align_up(arena.end, segment.align_bytes) + segment.size_bytes
-        if self._growable and needed <= arena.capacity_bytes:
-            arena.limit_bytes = max(arena.limit_bytes, needed)
-            return
         held_bytes = sum(entry.block.size_bytes for entry in self.entries if entry.block is not None)
         budget_bytes = arena.limit_bytes + self.scratch_bytes
         together_bytes = sum(

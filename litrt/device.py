@@ -11,6 +11,7 @@ nobody, so that an event is handed from thread to thread only after it was recor
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import time
 from collections.abc import Sequence
@@ -151,6 +152,28 @@ def cast_bytes(memory: Bytes, dtype: torch.dtype, source: Bytes, stored: torch.d
         torch.from_numpy(memory).view(dtype).copy_(torch.from_numpy(source).view(stored))
 
 
+def move_bytes(memory: Bytes, source: int, dest: int, n_bytes: int) -> None:
+    """Moves bytes of `memory` from one offset to another; the ranges may overlap. Nothing else is allocated."""
+    assert max(source, dest) + n_bytes <= len(memory)
+    ctypes.memmove(memory.ctypes.data + dest, memory.ctypes.data + source, n_bytes)
+
+
+def give_back(memory: Bytes) -> None:
+    """Gives the whole pages of part of a `CpuDevice`'s memory back to the host: they take none until written to."""
+    mapping: Any = memory
+    while isinstance(mapping, np.ndarray):
+        mapping = mapping.base
+    if isinstance(mapping, memoryview):
+        mapping = mapping.obj
+    if not isinstance(mapping, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = memory.ctypes.data - np.frombuffer(mapping, dtype=np.uint8).ctypes.data
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (start + memory.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < end:
+        mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
 class CpuDevice:
     """Weights in anonymous huge pages of this process, which does all its work at once and in order.
 
@@ -164,7 +187,8 @@ class CpuDevice:
 
     def allocate(self, n_bytes: int) -> Bytes:
         """Returns address space aligned to huge pages; it is given back when its last view is gone."""
-        mapping = mmap.mmap(-1, n_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        mapping = mmap.mmap(-1, n_bytes + HUGE_PAGE_BYTES, flags=flags)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)
         whole = np.frombuffer(mapping, dtype=np.uint8)

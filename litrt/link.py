@@ -9,7 +9,7 @@ add up.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,11 +84,25 @@ class HostTier:
         self._infos = [*infos, *(TensorInfo.of_bytes(slot.name, slot.nbytes) for slot in self._slot)]
         self._before = Counters()  # of the pipelines before this one
         self._pipeline: Pipeline
+        self._matrices: Mapping[int, int] = {}
         self._gathered: Set[int] = frozenset()
 
-    def open(self, gathered: Set[int]) -> None:
-        """Prepares for whatever will be asked for; of the tables `gathered`, no more than rows."""
-        self._gathered = gathered
+    def open(self, matrices: Mapping[int, int], arena_bytes: int) -> None:
+        """Prepares for whatever will be asked for.
+
+        Args:
+            matrices: Tables of which rows are gathered by way of the host, to their bytes on the device.
+            arena_bytes: What the device has.
+        """
+        self._matrices = matrices
+        self.fit(arena_bytes)
+        self._open()
+
+    def fit(self, arena_bytes: int) -> None:
+        """Says what the device has, from the next time on that nothing is planned: of a larger table, it has rows."""
+        self._gathered = {index for index, nbytes in self._matrices.items() if nbytes > arena_bytes // 2}
+
+    def _open(self) -> None:
         self._pipeline = self._make(self._least_bytes(range(len(self._segments))))
 
     def _least_bytes(self, indices: Iterable[int]) -> int:
@@ -119,7 +133,7 @@ class HostTier:
         """Prepares for the copies of `plan`, or, for None, for whatever will be asked for. Nothing is being copied."""
         if plan is None:
             self._close_pipeline()
-            self.open(self._gathered)
+            self._open()
             return
         size = [segment.size_bytes for segment in self._segments]
         # What is not resident on the device may be asked for at any time, planned or not.
@@ -345,6 +359,10 @@ class Link:
         """Makes the host tier plan for `plan`; nothing is being loaded."""
         self._wait_until(0)
         self._host.follow(plan, self.link_bps)
+
+    def fit(self, arena_bytes: int) -> None:
+        """Says what the device has, before `follow(None)`."""
+        self._host.fit(arena_bytes)
 
     def effective_bps(self, trace_bytes: int, budget_bytes: int) -> float:
         """Returns the bytes per second of the link, or less where the store has to deliver and is slower.

@@ -73,14 +73,13 @@ class Parts:
             return self._cache.room[1]
         return min(_BATCH_BYTES, self._cache.arena.limit_bytes // _BATCH_SHARE)
 
-    @property
-    def room_bytes(self) -> tuple[int, int]:
-        """The room for parts that a plan should keep, and that those so far have needed."""
+    def room_bytes(self, limit_bytes: int) -> tuple[int, int]:
+        """Returns the room for parts that a plan in that much should keep, and that those so far have needed."""
         least = align_up(
             max([self.largest_bytes, *(e.segment.size_bytes for e in self._cache.entries if e.segment.is_slot)]),
             PAGE_BYTES,
         )
-        return max(least, align_up(min(_BATCH_BYTES, self._cache.arena.limit_bytes // _BATCH_SHARE), PAGE_BYTES)), least
+        return max(least, align_up(min(_BATCH_BYTES, limit_bytes // _BATCH_SHARE), PAGE_BYTES)), least
 
     def is_whole(self, index: int, plan: Plan | None) -> bool:
         """Says whether a table is there whole, or should be."""

@@ -12,9 +12,11 @@ for.
 
 from __future__ import annotations
 
+import gc
+import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -23,6 +25,7 @@ import torch
 
 from litrt.arena import Arena
 from litrt.bindings import Binding, Counters, Timings
+from litrt.budget import Budget
 from litrt.cache import Cache, Crowded, Entry, State
 from litrt.device import Device
 from litrt.errors import ClosedError, TraceMismatchError
@@ -40,6 +43,10 @@ from litrt.turns import Turns
 
 _URGENT = -1
 """Priority of a piece that an operator waits for; planned ones have the number of their load."""
+
+
+_LOOK_S = 0.002
+"""How often to look whether other threads are done with plain tensors."""
 
 
 class _Forked:
@@ -93,8 +100,12 @@ class Pipeline:
             segments, infos, device, arena, scratch_bytes=scratch_bytes, growable=growable, wait=self._wait
         )
         self._entries = self.cache.entries
+        self._segments = tuple(segments)
         self._turns = Turns(self._wait, self._ready.notify_all)
         self.cache.is_crowded = lambda: self._turns.are_others_at_work
+        # With plain tensors, beside those that wait for their turn: nobody asks for them.
+        self.are_others_computing: Callable[[Set[int]], bool] = lambda _: False
+        self.cache.is_watched = self._is_watched
         self._strict = strict
         self._tables = tables
         self._slot = tuple(index for index, segment in enumerate(segments) if segment.is_slot)
@@ -330,10 +341,18 @@ class Pipeline:
             try:
                 placed = self.cache.place_now(absent, entries)
             except Crowded:
-                self._turns.wait_for_others(entries)
+                self._wait_for_others(entries)
                 return
             for entry in placed:
                 self._queue_reads(entry, _URGENT)
+
+    def _is_watched(self) -> bool:
+        """Says whether other threads may have plain tensors that they will let go of."""
+        return self.are_others_computing(self._turns.stuck) or self._turns.may_others_let_go()
+
+    def _wait_for_others(self, entries: Sequence[Entry] = ()) -> None:
+        """Lets others have the turn until there may be room. Those with plain tensors do not say when they are done."""
+        self._turns.wait_for_others(entries, timeout_s=None if self._turns.are_others_at_work else _LOOK_S)
 
     # The plan: issue loads as steps end, release what has had its last use.
 
@@ -371,7 +390,7 @@ class Pipeline:
                         if self.cache.place_resident(entry, offset):
                             self._queue_reads(entry, 0)
                     except Crowded:
-                        self._turns.wait_for_others()
+                        self._wait_for_others()
                 entry.resident = True
             for entry, _ in new:
                 while entry.state is State.READING:
@@ -383,8 +402,9 @@ class Pipeline:
                 if (error := entry.take_error()) is not None:
                     raise error
             self._device.synchronize()
-            for entry, _ in new:
-                entry.copied = None
+            for entry in self._entries:
+                if entry.resident:
+                    entry.copied = None
             self._loader.follow(plan)
             self._plan = plan
             if plan.steps and plan.policy != "lru":
@@ -404,8 +424,14 @@ class Pipeline:
         """Makes residents like any other segment, after `stop`."""
         with self._lock:
             self.cache.room = None
-            for entry in self._entries:
-                entry.resident = False
+            for index, segment in enumerate(self._segments):
+                self._entries[index].segment = segment  # the room for rows had the size that a plan gave it
+                self._entries[index].resident = False
+
+    def keep(self, offsets: Mapping[int, int]) -> None:
+        """Makes residents of what is there of segments that are to stay, moved to their offsets."""
+        with self._lock:
+            self.cache.keep({self._entries[i]: offset for i, offset in offsets.items() if i not in self._slot})
 
     def let_go(self) -> bool:
         """Lets go of all that does not have to stay; says whether no tensor over it lives."""
@@ -423,6 +449,58 @@ class Pipeline:
             self.let_go()
             if not self.cache.arena.resize(limit_bytes):
                 self.cache.arena.limit_bytes = min(limit_bytes, self.cache.arena.capacity_bytes)
+
+    @property
+    def n_threads(self) -> int:
+        """Threads that load."""
+        return self._reads.n_threads
+
+    def change(self, settled: Budget, limit_bytes: int, n_threads: int, *, stays: Mapping[int, int]) -> str | None:
+        """Changes the budget, with nothing that has to stay; peaks count anew.
+
+        Args:
+            settled: What the segments are in it, and the scratch.
+            limit_bytes: Of the arena.
+            n_threads: Threads that load.
+            stays: What to keep of what is there, and where.
+
+        Returns:
+            The name of a segment over which there are tensors that are in the way, or None.
+        """
+        with self.alone():
+            self.stop()
+            self._segments = settled.segments
+            self.forget_residents()
+            is_watched = True
+            while not self._fit(limit_bytes, stays):
+                if not is_watched:
+                    in_the_way = (e for e in self._entries if e.block is not None and e.block.end > limit_bytes)
+                    held = (entry for entry in self._entries if entry.state is State.HELD)
+                    return next(itertools.chain(in_the_way, held)).segment.name
+                gc.collect()  # tensors over released blocks may be waiting for it
+                # Others may have had plain tensors, and have them no more: that is tried once more in any case.
+                is_watched = self.cache.is_watched()
+                if is_watched:
+                    self._turns.wait_for_others(timeout_s=_LOOK_S)
+                    while self._turns.are_others_at_work:
+                        self._turns.wait_for_others()
+                for index in range(len(self._segments)):
+                    self.cache.evict_resident(index)
+            self.cache.growable, self.cache.scratch_bytes = settled.growable, settled.scratch_bytes
+            self.cache.peak_bytes = self.cache.arena.held_bytes + settled.scratch_bytes
+            self._reads.resize(n_threads)
+        return None
+
+    def _fit(self, limit_bytes: int, stays: Mapping[int, int]) -> bool:
+        """Gives the arena that limit, and what stays its place in it; says whether it could."""
+        arena = self.cache.arena
+        if not self._device.is_host or limit_bytes > arena.capacity_bytes:
+            return self.let_go() and arena.resize(limit_bytes)
+        arena.limit_bytes = max(arena.limit_bytes, limit_bytes)
+        self.keep(stays)
+        if not stays:
+            self.let_go()
+        return arena.shrink(limit_bytes)
 
     # Passes, and what they asked for.
 
@@ -497,11 +575,10 @@ class Pipeline:
             latency_s = self._reads.latency_s
             return self._timings.bandwidth_bps(latency_s), latency_s
 
-    @property
-    def room_bytes(self) -> tuple[int, int]:
-        """The room for rows of tables that a plan should keep, and that the uses so far have needed."""
+    def room_bytes(self, limit_bytes: int) -> tuple[int, int]:
+        """Returns the room for rows that a plan in so much arena should keep, and that uses so far have needed."""
         with self._lock:
-            return self._parts.room_bytes
+            return self._parts.room_bytes(limit_bytes)
 
     def delivered(self) -> tuple[int, float]:
         """Returns the bytes read since the pass began, and the seconds in which something was being read."""
@@ -549,9 +626,9 @@ class Pipeline:
             self.cache.free(entry)  # its step was skipped while it was on its way
         self._ready.notify_all()
 
-    def _wait(self) -> None:
-        """Waits until a read has ended."""
-        self._ready.wait()
+    def _wait(self, timeout_s: float | None = None) -> None:
+        """Waits until something has changed: a read has ended, or somebody has let go of something."""
+        self._ready.wait(timeout_s)
         self._check_open()
 
     def _check_open(self) -> None:

@@ -181,13 +181,12 @@ def _make_plan(trace: Trace, budget_bytes: int, policy: Policy, seed: int) -> Pl
 def replan(plan: Plan, uses: Sequence[Use], budget_bytes: int | None = None) -> Plan:
     """Returns `plan` for other uses of what streams, for passes that do not do what the warm-up did.
 
-    What stays keeps its place; what streams is scheduled anew, in an arena that may have grown to `budget_bytes`.
-    `uses` name no resident segment, so that the bound does not count what a pass needs of those: it is lower than it
-    could be.
+    What stays keeps its place; what streams is scheduled anew, in an arena that may have grown to `budget_bytes`. The
+    bound counts what a pass needs of what stays only where `uses` say it.
     """
     trace = Trace(plan.segments, tuple(uses), plan.bandwidth_bps, plan.latency_s)
     plan = bounded(replace(plan, budget_bytes=budget_bytes or plan.budget_bytes), trace)
-    streamed = frozenset(trace.used)
+    streamed = frozenset(trace.used) - plan.resident.keys()
     schedule = best_schedule(trace, streamed, plan.window_bytes)
     placed = best_layout(trace, schedule, plan.window_bytes) if schedule is not None else None
     return _with_loads(plan, trace, placed if placed is not None else step_by_step(trace, streamed))

@@ -29,7 +29,7 @@ class ReadThreads(Generic[T]):
     Args:
         loader: Loads pieces; closed by `close`.
         lock: Guards the queue, and is held when `done` is called.
-        n_threads: Threads that load.
+        n_threads: Threads that load; `resize` changes it.
         done: Told of every piece that was loaded, with the error if it could not be.
     """
 
@@ -47,11 +47,22 @@ class ReadThreads(Generic[T]):
         self._busy_s = 0.0
         self._small_s: deque[float] = deque(maxlen=_N_SMALL)
         self._closed = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"litrt-read-{number}", daemon=True) for number in range(n_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self.n_threads = 0
+        self._threads: list[threading.Thread] = []
+        self.resize(n_threads)
+
+    def resize(self, n_threads: int) -> None:
+        """Makes it so many threads: those that are too many end as soon as they have nothing to load."""
+        with self._lock:
+            self.n_threads = n_threads
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            running = {thread.name for thread in self._threads}
+            for number in range(n_threads):
+                name = f"litrt-read-{number}"
+                if name not in running:
+                    self._threads.append(threading.Thread(target=self._run, args=(number,), name=name, daemon=True))
+                    self._threads[-1].start()
+            self._work.notify_all()
 
     def queue(
         self, priority: int, token: T, pieces: Sequence[Any], memory: Memory, waits: Sequence[Event] = ()
@@ -65,12 +76,12 @@ class ReadThreads(Generic[T]):
             heapq.heappush(self._queue, (priority, self._n_queued, token, piece, memory, waits))
         self._work.notify(len(pieces))
 
-    def _run(self) -> None:
+    def _run(self, number: int) -> None:
         while True:
             with self._lock:
-                while not self._queue and not self._closed:
+                while not self._queue and not self._closed and number < self.n_threads:
                     self._work.wait()
-                if self._closed:
+                if self._closed or number >= self.n_threads:
                     return
                 _, _, token, piece, memory, waits = heapq.heappop(self._queue)
                 began_s = time.perf_counter()

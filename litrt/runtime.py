@@ -7,7 +7,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, get_args
 
@@ -16,32 +17,31 @@ from torch import nn
 
 from litrt.arena import Arena
 from litrt.arrays import floating_dtype
-from litrt.budget import as_segments, part_bytes, requested_bytes, settle, settle_host, smallest_bytes
+from litrt.budget import Budget, largest_segment, part_bytes, requested_bytes, settle, settle_host
 from litrt.device import Device
 from litrt.devices import open_device
 from litrt.errors import ClosedError, LitrtError
 from litrt.frames import wrap_fused
 from litrt.link import HostTier, Link
 from litrt.loader import StoreLoader
-from litrt.measured import N_PASSES, better_plan, measured_again, typical
+from litrt.onlookers import Onlookers
+from litrt.paths import signature
 from litrt.pipeline import Pipeline
 from litrt.placeholder import Placeholder
-from litrt.plan import Plan, Policy, make_plan, replan
+from litrt.plan import Plan, Policy
+from litrt.planner import Planner
 from litrt.reader import Reader
 from litrt.residents import Residents
+from litrt.shared import Need, SharedBudget
 from litrt.skeleton import build, furnish, match, slots, tables
 from litrt.stats import Stats
 from litrt.store import Store, TensorInfo, open_store
-from litrt.tables import with_room
 from litrt.trace import Trace, Use
-from litrt.tune import Tuning, tune
+from litrt.tune import LOCAL, Tuning, most_threads, tune
 from litrt.units import parse_bytes
 
 _WARMUP_SHARE = 0.5
 """Share of a device's free memory that a warm-up may take which is to find out how much is needed."""
-
-_RESERVE_BYTES = 512 << 20
-"""Memory of a device that a budget of "auto" leaves free, beside the activations of the warm-up."""
 
 _QUICK_S = 1.0
 """Warm-up passes of less than this are run again."""
@@ -63,7 +63,8 @@ class Runtime:
         budget: The most bytes of weights to hold at any moment, those in flight and the scratch of reads included:
             `"6GB"` (10**9), `"6GiB"` (2**30), `"40%"` of the model, an int of bytes, `"min"` for the smallest that
             works, or `"auto"`: on the CPU half of the memory that is available, on CUDA what the device has free
-            less the activations of the warm-up and a reserve. Activations are not included.
+            less the activations of the warm-up and a reserve; or a `litrt.SharedBudget`, of which it has a share.
+            Activations are not included. `set_budget` changes it.
         device: Where weights are used: `"cpu"`, `"cuda"`, `"cuda:1"`; or a `litrt.testing.FakeDevice`.
         policy: `"belady"` keeps a fixed part and streams the rest ahead of its use; `"lru"` loads on demand and
             evicts what was used longest ago, for comparison.
@@ -92,7 +93,7 @@ class Runtime:
         self,
         model_ctor: Callable[[], nn.Module],
         store: str | os.PathLike[str] | Store,
-        budget: int | str = "auto",
+        budget: int | str | SharedBudget = "auto",
         device: str | torch.device | Device = "cpu",
         *,
         policy: Policy = "belady",
@@ -105,7 +106,7 @@ class Runtime:
             raise ValueError(f"policy {policy!r} is not known: use 'belady' or 'lru'.")
         if n_threads is not None and (not isinstance(n_threads, int) or n_threads < 1):
             raise ValueError(f"n_threads must be a positive int, not {n_threads!r}.")
-        if budget not in ("min", "auto"):
+        if not isinstance(budget, SharedBudget) and budget not in ("min", "auto"):
             parse_bytes(budget, of_bytes=10**9)  # cannot be read? Say so before the model is built.
         self._device = open_device(device) if isinstance(device, str | torch.device) else device
         opened = store if isinstance(store, Store) else open_store(store)
@@ -126,58 +127,88 @@ class Runtime:
             if name in parts or not (self._device.is_host or len(opened[name].shape) > 2)
         ]
         slot_bytes = {name: part_bytes(opened[name], infos[indices[name]]) for name in named if opened[name].nbytes}
-        table_indices = frozenset(indices[name] for name in {*slot_bytes, *parts})
-        self._host: HostTier | None = None
-        self._bandwidth_bps = 0.0  # of the store, where it was measured
-        loader: StoreLoader | Link
-        if self._device.is_host:
-            casts = {
-                info.name: info.dtype for info, other in zip(infos, stored, strict=True) if info.dtype != other.dtype
-            }
-            loader = StoreLoader(reader, casts)
-            asked_bytes = requested_bytes(budget, sum(info.nbytes for info in infos))
-            tuning = self._tuned(n_threads, reader, stored, asked_bytes, loader.scratch_bytes_per_task)
-            n_threads, self._bandwidth_bps = tuning.n_threads, tuning.bandwidth_bps or 0.0
-            scratch_bytes = n_threads * loader.scratch_bytes_per_task
-        else:
-            n_threads = self._tuned(n_threads, reader, stored, host_bytes, reader.scratch_bytes_per_task).n_threads
-            self._host = HostTier(
-                self._device, reader, stored, host_bytes, n_threads, table_indices, slot_bytes.values()
-            )
-            loader = Link(self._device, self._host, stored, infos)
-            n_threads, scratch_bytes = 1, loader.scratch_bytes
-        self._loader = loader
+        self._tables = frozenset(indices[name] for name in {*slot_bytes, *parts})
+        self._indices = indices
         self._reader = reader
         self._infos = infos
         self._stored = stored
-        self._scratch_bytes = scratch_bytes
-        self._tables = frozenset(slot_bytes)
-        settled = settle(budget, infos, scratch_bytes, slot_bytes, stored=stored, device=self._device)
-        self._settled = settled
-        self._policy: Policy = policy
-        self._plan: Plan | None = None
-        self._trace: Trace | None = None
+        self._slot_bytes = slot_bytes
+        self._host: HostTier | None = None
+        self._shared = budget if isinstance(budget, SharedBudget) else None
+        self._is_n_threads_fixed = n_threads is not None
         self._n_passes = 0
-        self._last_uses: list[Use] = []
-        self._measured: list[tuple[list[Use], int, float]] = []  # of passes: uses, bytes read, seconds of reading
-        self._is_settled = False
         self._recording = False
+        self._recorded: tuple[list[Use], Hashable] = [], None  # by a warm-up
         self._pass_lock = threading.RLock()
         self._in_pass = False
         self._unhook: Callable[[], None] | None = None
-        capacity_bytes = settled.capacity_bytes
-        if settled.growable and not self._device.is_host:
-            capacity_bytes = min(capacity_bytes, int(self._device.free_bytes() * _WARMUP_SHARE))
+        try:
+            settled = self._open(budget, n_threads, host_bytes, strict=strict)
+            by_name = {info.name: info for info in infos}
+            placeholders = furnish(self.module, found, deferral, by_name, self._pipeline, indices, self._device)
+            self._residents = Residents(placeholders, self._pipeline)
+            self._pipeline.cache.evict_resident = self._residents.evict
+            self._pipeline.are_others_computing = Onlookers(self.module).are_computing
+            self._planner = Planner(
+                settled, self._pipeline, self._residents, self._loader, self._device, policy, self._bandwidth_bps
+            )
+            self._hook()
+        except BaseException:
+            if hasattr(self, "_stop"):
+                self._stop()
+            if self._shared is not None:
+                self._shared.leave(self)
+            raise
+        _alive.add(self)
+
+    def _open(
+        self, budget: int | str | SharedBudget, n_threads: int | None, host_bytes: int, *, strict: bool
+    ) -> Budget:
+        """Starts the pipeline that serves the weights; returns the budget that it has."""
+        bandwidth_bps: float | None = None  # of the store, where it was measured
+        loader: StoreLoader | Link
+        if self._device.is_host:
+            pairs = zip(self._infos, self._stored, strict=True)
+            casts = {info.name: info.dtype for info, stored in pairs if info.dtype != stored.dtype}
+            loader = StoreLoader(self._reader, casts)
+            budget = self._join(budget, loader.scratch_bytes_per_task)
+            asked_bytes = requested_bytes(budget, self.total_bytes)
+            if asked_bytes is not None:
+                budget = asked_bytes
+            tuning = self._tuned(n_threads, asked_bytes, loader.scratch_bytes_per_task)
+            n_threads, bandwidth_bps = tuning.n_threads, tuning.bandwidth_bps
+            scratch_bytes = n_threads * loader.scratch_bytes_per_task
+        else:
+            n_threads = self._tuned(n_threads, host_bytes, self._reader.scratch_bytes_per_task).n_threads
+            self._host = HostTier(
+                self._device, self._reader, self._stored, host_bytes, n_threads, self._tables, self._slot_bytes.values()
+            )
+            loader = Link(self._device, self._host, self._stored, self._infos)
+            n_threads, scratch_bytes = 1, loader.scratch_bytes
+            self._is_n_threads_fixed = True
+            budget = self._join(budget, scratch_bytes)
+        self._scratch_bytes = scratch_bytes
+        self._loader = loader
+        self._bandwidth_bps = bandwidth_bps or 0.0
+        self._n_threads = n_threads
+        self._scratch_bytes_per_thread = scratch_bytes // n_threads
+        self._budget = budget
+        settled = self._settle(budget, scratch_bytes)
+        capacity_bytes = settled.most_bytes  # of which the host gives what is written to
+        if not self._device.is_host:
+            capacity_bytes = settled.arena_bytes
+            if settled.growable:
+                capacity_bytes = min(settled.most_bytes, int(self._device.free_bytes() * _WARMUP_SHARE))
         self._arena = Arena(self._device, capacity_bytes, settled.arena_bytes)
         if self._host is not None:
-            gathered = {indices[name] for name in slot_bytes if len(opened[name].shape) == 2}  # stacks are multiplied
-            self._host.open({index for index in gathered if infos[index].nbytes > settled.arena_bytes // 2})
+            matrices = [self._indices[name] for name in self._slot_bytes if len(self._reader.store[name].shape) == 2]
+            self._host.open({index: self._infos[index].nbytes for index in matrices}, settled.arena_bytes)
         in_arena = [
             TensorInfo.of_bytes(segment.name, segment.nbytes) for segment in settled.segments if segment.is_slot
         ]
         self._pipeline = Pipeline(
             settled.segments,
-            [*infos, *in_arena],
+            [*self._infos, *in_arena],
             loader,
             self._device,
             self._arena,
@@ -185,27 +216,19 @@ class Runtime:
             scratch_bytes=settled.scratch_bytes,
             growable=settled.growable,
             strict=strict,
-            tables=table_indices,
+            tables=self._tables,
         )
         self._stop = weakref.finalize(self, Pipeline.close, self._pipeline)
-        try:
-            by_name = {info.name: info for info in infos}
-            placeholders = furnish(self.module, found, deferral, by_name, self._pipeline, indices, self._device)
-            self._residents = Residents(placeholders, self._pipeline)
-            self._pipeline.cache.evict_resident = self._residents.evict
-            self._hook()
-        except BaseException:
-            self._stop()
-            raise
-        _alive.add(self)
+        return settled
 
-    @staticmethod
-    def _tuned(
-        n_threads: int | None, reader: Reader, stored: list[TensorInfo], budget_bytes: int | None, scratch_bytes: int
-    ) -> Tuning:
+    def _settle(self, budget: int | str, scratch_bytes: int) -> Budget:
+        """Returns the bytes of a budget, and how weights lie in the arena with it."""
+        return settle(budget, self._infos, scratch_bytes, self._slot_bytes, stored=self._stored, device=self._device)
+
+    def _tuned(self, n_threads: int | None, budget_bytes: int | None, scratch_bytes: int) -> Tuning:
         """Returns with how many threads to read, and tells the reader how many of them at once."""
-        tuning = tune(reader, stored, budget_bytes, scratch_bytes, n_threads=n_threads)
-        reader.n_in_flight = tuning.n_in_flight
+        tuning = tune(self._reader, self._stored, budget_bytes, scratch_bytes, n_threads=n_threads)
+        self._reader.n_in_flight = tuning.n_in_flight
         return tuning
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -227,9 +250,9 @@ class Runtime:
         """
         self._check_open()
         with self._pass_lock:
-            if self._plan is not None:
-                self._unfollow()
-            self._is_settled = False
+            if self._planner.plan is not None:
+                self._planner.begin()
+                self._rehook()
             self._recording = True
             self._device.peak_bytes()
             try:
@@ -238,24 +261,107 @@ class Runtime:
                 if time.perf_counter() - began_s < _QUICK_S:
                     # The first pass of a process is slow in ways that the following ones are not.
                     self.module(*args, **kwargs)
+                self._planner.record(*self._recorded)
             finally:
                 self._recording = False
-            self._make_plan(self._last_uses)
-            self._last_uses = []
+                self._recorded = [], None
+            self._rehook()
+
+    def set_budget(self, budget: int | str) -> None:
+        """Changes the budget between passes. Weights that stay in the old one and in the new one are not read again.
+
+        Args:
+            budget: As in `litrt.Runtime`. More than the model needs is as much as it needs.
+
+        Raises:
+            BudgetError: If it cannot be read, is too small, or somebody holds a weight, or a view of one, where there
+                would be no memory. The budget is then what it was.
+            LitrtError: If called in a pass, or if the budget is a share of a `litrt.SharedBudget`.
+        """
+        self._check_open()
+        if self._shared is not None:
+            raise LitrtError("this runtime has a share of a litrt.SharedBudget, which is divided anew by itself.")
+        with self._pass_lock:
+            self._set_budget(budget)
+
+    def _set_budget(self, budget: int | str) -> None:
+        if self._in_pass:
+            raise LitrtError("the budget cannot be changed in a pass: call set_budget before or after it.")
+        n_threads, scratch_bytes = self._n_threads, self._scratch_bytes
+        if self._device.is_host:
+            held_bytes = self._arena.held_bytes
+            asked_bytes = requested_bytes(budget, self.total_bytes, held_bytes)
+            if budget != "min" and asked_bytes is not None:
+                budget = asked_bytes
+            if not self._is_n_threads_fixed:
+                n_threads = most_threads(self._n_threads, asked_bytes, self._scratch_bytes_per_thread)
+            scratch_bytes = n_threads * self._scratch_bytes_per_thread
+        self._planner.change(self._settle(budget, scratch_bytes), n_threads)
+        self._budget = budget
+        self._rehook()
+
+    # What a shared budget asks.
+
+    def _join(self, budget: int | str | SharedBudget, scratch_bytes_per_task: int) -> int | str:
+        """Returns a budget of its own: the share of a shared one."""
+        if self._shared is None:
+            assert not isinstance(budget, SharedBudget)
+            return budget
+        n_threads = 1 if self._is_n_threads_fixed else LOCAL.n_threads
+        least = self._settle("min", n_threads * scratch_bytes_per_task)
+        most_bytes = sum(segment.size_bytes for segment in least.segments)
+        return self._shared.join(
+            self, Need(self._alone_bytes(least) + least.scratch_bytes, most_bytes + least.scratch_bytes)
+        )
+
+    def _need(self) -> Need:
+        most_bytes = sum(segment.size_bytes for segment in self._settle("min", 0).segments)
+        return Need(self.min_budget_bytes, most_bytes + self._scratch_bytes)
+
+    def _take_share(self, n_bytes: int, *, wait: bool) -> bool:
+        if not self._pass_lock.acquire(blocking=wait):
+            return False
+        try:
+            if self._in_pass or not self._stop.alive:
+                return False
+            self._set_budget(n_bytes)
+        finally:
+            self._pass_lock.release()
+        return True
+
+    @property
+    def _is_in_pass_here(self) -> bool:
+        if not self._pass_lock.acquire(blocking=False):
+            return False  # another thread's
+        try:
+            return self._in_pass
+        finally:
+            self._pass_lock.release()
+
+    @contextmanager
+    def at_budget(self, budget: int | str) -> Iterator[Self]:
+        """Has another budget for a while: `with rt.at_budget("2GB"): ...`. See `set_budget`."""
+        before = self._budget
+        self.set_budget(budget)
+        try:
+            yield self
+        finally:
+            if self._stop.alive:
+                self.set_budget(before)
 
     @property
     def plan(self) -> Plan:
         """What every pass does, from the warm-up on. `print(rt.plan)` tells it."""
-        if self._plan is None:
+        if self._planner.plan is None:
             raise LitrtError("there is no plan yet: call warmup(sample_input), or run one pass.")
-        return self._plan
+        return self._planner.plan
 
     @property
     def trace(self) -> Trace:
         """What the warm-up recorded, for which the plan was made."""
-        if self._trace is None:
+        if self._planner.trace is None:
             raise LitrtError("there is no trace yet: call warmup(sample_input), or run one pass.")
-        return self._trace
+        return self._planner.trace
 
     @property
     def total_bytes(self) -> int:
@@ -264,10 +370,14 @@ class Runtime:
 
     @property
     def min_budget_bytes(self) -> int:
-        """The smallest budget that works: for a pass like the recorded one; before that, for each weight alone."""
-        align_bytes = None if self._device.is_host else self._device.align_bytes
-        segments = as_segments(self._infos, self._stored, align_bytes)
-        return smallest_bytes(self._trace, segments, self._scratch_bytes, self._tables)
+        """The smallest budget that works: for passes like the recorded ones; before that, for each weight alone."""
+        least = self._settle("min", self._scratch_bytes)
+        return max(self._alone_bytes(least), self._planner.least_bytes(least)) + self._scratch_bytes
+
+    def _alone_bytes(self, settled: Budget) -> int:
+        """Returns the arena bytes of the largest weight, or of the largest part of one that is never needed whole."""
+        largest = largest_segment(settled.segments, self._slot_bytes.keys())
+        return largest.size_bytes if largest is not None else 0
 
     def state_dict(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the names and the true tensors of the module's state dict, one at a time, in memory of their own.
@@ -314,7 +424,7 @@ class Runtime:
             read_bytes=counters.read_bytes if host is None else host.read_bytes,
             stall_s=counters.stall_s + counters.link_stall_s,
             peak_bytes=self._pipeline.cache.peak_bytes,
-            budget_bytes=max(self._settled.budget_bytes, self._pipeline.budget_bytes),
+            budget_bytes=max(self._planner.settled.budget_bytes, self._pipeline.budget_bytes),
             resident_bytes=self._pipeline.resident_bytes,
             gathered_bytes=counters.gathered_bytes if host is None else host.gathered_bytes,
             link_bytes=0 if host is None else counters.read_bytes,
@@ -337,6 +447,8 @@ class Runtime:
                 if self._unhook is not None:
                     self._unhook()
                 self._stop()
+                if self._shared is not None:
+                    self._shared.leave(self)
 
     def __enter__(self) -> Self:
         return self
@@ -373,9 +485,20 @@ class Runtime:
 
         self._unhook = unhook
 
+    def _rehook(self) -> None:
+        """Sees passes where there is anything to do in them."""
+        if self._planner.is_all_plain:
+            if self._unhook is not None:
+                self._unhook()
+        elif self._unhook is None:
+            self._hook()
+
     def _run_pass(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        looks = signature(args, kwargs)
         try:
             self._in_pass = True
+            if not self._recording:
+                self._planner.expect(looks)
             self._pipeline.begin_pass(counting=not self._recording)
             with torch.no_grad():
                 result = forward(*args, **kwargs)
@@ -383,96 +506,13 @@ class Runtime:
         finally:
             self._in_pass = False
             self._pipeline.leave_pass()
-        self._n_passes += not self._recording
         if self._recording:
-            self._last_uses = self._pipeline.uses()
-        elif self._plan is None:
-            self._make_plan(self._pipeline.uses())
-        elif n_mismatches:
-            self._reconsider(self._pipeline.uses())
+            self._recorded = self._pipeline.uses(), looks
         else:
-            self._last_uses = []
-            self._measure_again()
+            self._n_passes += 1
+            self._planner.ended(n_mismatches, looks)
+            self._rehook()
         return result
-
-    def _make_plan(self, uses: list[Use]) -> None:
-        bandwidth_bps, latency_s = self._pipeline.measured()
-        # Loads on demand take turns with computing, into memory that is touched for the first time: they are slower.
-        bandwidth_bps = max(bandwidth_bps, self._bandwidth_bps)
-        self._fit_arena()
-        if isinstance(self._loader, Link):
-            used_bytes = Trace(self._settled.segments, tuple(uses), 1.0).used_bytes
-            bandwidth_bps, latency_s = self._loader.effective_bps(used_bytes, self._arena.limit_bytes), 0.0
-        trace = Trace(self._settled.segments, tuple(uses), bandwidth_bps, latency_s)
-        self._trace = with_room(trace, *self._pipeline.room_bytes, self._arena.limit_bytes)
-        self._follow(make_plan(self._trace, self._arena.limit_bytes, policy=self._policy))
-
-    def _fit_arena(self) -> None:
-        """Gives an arena that has grown on a device the size that it is to have, if nobody is in the way."""
-        if self._device.is_host or not self._settled.growable:
-            return
-        limit_bytes = self._arena.limit_bytes
-        if self._settled.is_auto:
-            room_bytes = self._device.free_bytes() + self._arena.capacity_bytes - _RESERVE_BYTES
-            activation_bytes = max(self._device.peak_bytes() - self._arena.capacity_bytes, 0)
-            footprint_bytes = sum(segment.size_bytes for segment in self._settled.segments)
-            limit_bytes = max(limit_bytes, min(room_bytes - activation_bytes, footprint_bytes))
-        self._pipeline.resize(limit_bytes)
-
-    def _follow(self, plan: Plan) -> None:
-        self._plan = plan
-        self._measured.clear()
-        with self._pipeline.alone():  # others would evict what is not settled
-            self._pipeline.start(plan)
-            self._residents.settle(plan.resident)
-        if (
-            all(segment.is_slot or index in plan.resident for index, segment in enumerate(self._settled.segments))
-            and self._residents.all_plain
-            and self._unhook is not None
-        ):
-            self._unhook()
-
-    def _measure_again(self) -> None:
-        """Lets the plan predict with what the first passes that follow it have measured; makes a better one, once."""
-        plan = self._plan
-        if plan is None or not plan.loads or len(self._measured) >= N_PASSES or not self._device.is_host:
-            return
-        self._measured.append((self._pipeline.uses(), *self._pipeline.delivered()))
-        uses = typical([uses for uses, _, _ in self._measured])
-        n_bytes = sum(n_bytes for _, n_bytes, _ in self._measured)
-        busy_s = sum(busy_s for _, _, busy_s in self._measured)
-        if not n_bytes or not busy_s:
-            return
-        if len(self._measured) == N_PASSES and not self._is_settled and self._trace is not None:
-            self._is_settled = True
-            better = better_plan(plan, self._trace, uses, n_bytes / busy_s)
-            if better is not None:
-                self._change_to(better, plan)
-                return
-        self._plan = measured_again(plan, uses, n_bytes / busy_s)
-
-    def _change_to(self, plan: Plan, before: Plan) -> None:
-        """Follows a plan with other residents, or still the one before where somebody has tensors over those."""
-        self._unfollow()
-        self._follow(plan if self._pipeline.let_go() else before)
-
-    def _unfollow(self) -> None:
-        """Loads on demand; nothing has to stay."""
-        self._pipeline.stop()
-        self._residents.evict_all()
-        self._pipeline.forget_residents()
-        self._loader.follow(None)
-        self._plan = None
-        if self._unhook is None:
-            self._hook()
-
-    def _reconsider(self, uses: list[Use]) -> None:
-        """Plans anew what streams, once two passes in a row have strayed from the plan in the same way."""
-        again = [use.segments for use in uses] == [use.segments for use in self._last_uses]
-        self._last_uses = uses
-        if again and self._policy == "belady" and self._plan is not None:
-            self._follow(replan(self._plan, uses, self._arena.limit_bytes))
-            self._last_uses = []
 
 
 def _forked() -> None:

@@ -127,6 +127,12 @@ def tune(
     return _chosen[key]
 
 
+def most_threads(n_threads: int, budget_bytes: int | None, scratch_bytes: int) -> int:
+    """Returns how many of `n_threads` may read in a smaller budget, of which their scratch is a part."""
+    room_bytes = int((budget_bytes or 0) * _SCRATCH_SHARE)
+    return min(n_threads, max(room_bytes // max(scratch_bytes, 1), LOCAL.n_threads))
+
+
 def _measured(reader: Reader, pieces: Sequence[Piece], tunings: list[Tuning], measure: Measure) -> Tuning:
     began_s = time.perf_counter()
     spread = _spread(pieces)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 
 from litrt.cache import Entry
@@ -22,11 +22,11 @@ class Turns:
     """Who has pinned how much, and whose turn it is.
 
     Args:
-        wait: Waits until something has changed.
+        wait: Waits until something has changed, or for some seconds.
         wake: Says that something has.
     """
 
-    def __init__(self, wait: Callable[[], None], wake: Callable[[], None]) -> None:
+    def __init__(self, wait: Callable[[float | None], None], wake: Callable[[], None]) -> None:
         self._wait = wait
         self._wake = wake
         self._n_pins: Counter[int] = Counter()  # by thread
@@ -34,6 +34,8 @@ class Turns:
         self._owner: int | None = None
         self._n_wanted = 0  # pins of the owner, for what it makes room for
         self._n_waiting = 0
+        self._n_let_go = 0  # times that a thread has let go of all that it had pinned
+        self._waited_for: dict[int, int] = {}  # by thread: how many of them there were when it last waited
 
     def pin(self, entries: Sequence[Entry]) -> None:
         """Keeps `entries` where they are, until `unpin` in the same thread."""
@@ -52,6 +54,7 @@ class Turns:
         self._n_pins[thread] -= len(entries)
         if not self._n_pins[thread]:
             del self._n_pins[thread]  # threads end
+            self._n_let_go += 1
         if self._n_waiting:
             self._wake()
 
@@ -63,6 +66,22 @@ class Turns:
         if self._n_pins.get(thread, 0) > self._n_wanted:
             others = [other for other in others if other not in self._stuck]  # they may wait for this one
         return bool(others)
+
+    @property
+    def stuck(self) -> Set[int]:
+        """Threads that wait for their turn."""
+        return self._stuck
+
+    def may_others_let_go(self) -> bool:
+        """Says whether others wait for their turn, and may have plain weights meanwhile that they let go of after it.
+
+        Two such threads may be in each other's way for good: it is said once for all that was let go of.
+        """
+        thread = threading.get_ident()
+        if not self._stuck - {thread} or self._waited_for.get(thread) == self._n_let_go:
+            return False
+        self._waited_for[thread] = self._n_let_go
+        return True
 
     @contextmanager
     def mine(self, entries: Sequence[Entry] = ()) -> Iterator[None]:
@@ -88,11 +107,11 @@ class Turns:
                 self.wait_for_others()
             yield
 
-    def wait_for_others(self, entries: Sequence[Entry] = ()) -> None:
+    def wait_for_others(self, entries: Sequence[Entry] = (), *, timeout_s: float | None = None) -> None:
         """Lets others have the turn until one has let go of something; pinned `entries` may be gone by then."""
         mine = self._owner, self._n_wanted
         self._owner, self._n_wanted = None, 0
-        self._wait_for_turn(entries, first=self._wait)
+        self._wait_for_turn(entries, first=lambda: self._wait(timeout_s))
         self._owner, self._n_wanted = mine
 
     def _wait_for_turn(self, entries: Sequence[Entry], first: Callable[[], None] = lambda: None) -> None:
@@ -106,7 +125,7 @@ class Turns:
         try:
             first()
             while self._owner is not None:
-                self._wait()
+                self._wait(None)
         finally:
             self._n_waiting -= 1
             self._stuck.discard(thread)

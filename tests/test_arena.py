@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litrt.arena import POISON, Arena, Block
-from litrt.device import CpuDevice
+from litrt.device import Bytes, CpuDevice
 from litrt.layout import align_up
 
 LIMIT = 1 << 10
@@ -47,6 +49,7 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("place"), st.integers(0, 300), ALIGNS, st.just(0)),
     st.tuples(st.just("place_at"), st.integers(0, 300), ALIGNS, st.integers(0, LIMIT // 4)),
     st.tuples(st.just("free"), st.integers(0, 50), st.just(1), st.just(0)),
+    st.tuples(st.just("move"), st.integers(0, 50), ALIGNS, st.integers(0, LIMIT // 4)),
 )
 
 
@@ -65,6 +68,22 @@ def test_blocks_are_where_a_model_of_single_bytes_puts_them(
             assert (tested.memory(block) == marks.pop(block)).all(), "somebody else wrote to it"
             tested.free(block)
             model.free(block)
+        elif what == "move":
+            if not model.blocks:
+                continue
+            block = model.blocks[n % len(model.blocks)]
+            offset, size_bytes, mark = 4 * at, align_up(block.nbytes, align_bytes), marks[block]
+            model.free(block)
+            can = not block.size_bytes or model.is_free(offset, size_bytes)
+            model.add(block)
+            moved = tested.move(block, offset, size_bytes) if block.size_bytes else block
+            assert (moved is not None) == can
+            if moved is not None and block.size_bytes:
+                assert (moved.offset, moved.size_bytes, moved.nbytes) == (offset, size_bytes, block.nbytes)
+                model.free(block)
+                model.add(moved)
+                marks[moved] = marks.pop(block)
+                assert (tested.memory(moved) == mark).all()
         else:
             size_bytes = align_up(n, align_bytes)
             if what == "place":
@@ -227,3 +246,65 @@ def test_values_outlive_the_arena_for_as_long_as_somebody_sees_them() -> None:
     assert (memory == 3).all()
     with pytest.raises(AssertionError, match="dropped"):
         tested.memory(block)
+
+
+def test_poison_fills_what_a_block_has_moved_away_from() -> None:
+    tested = arena(poison=True)
+    block = tested.place_at(100, 50, 64)
+    assert block is not None
+    tested.memory(block)[:] = 7
+    moved = tested.move(block, 80, 64)
+    assert moved is not None
+    assert (tested.memory(moved) == 7).all()
+    assert (tested._range(144, 164) == POISON).all()
+    back = tested.move(moved, 120, 64)
+    assert back is not None
+    assert (tested.memory(back) == 7).all()
+    assert (tested._range(80, 120) == POISON).all()
+
+
+def resident_bytes(memory: np.ndarray) -> int:
+    """Returns how much of some memory the machine has given."""
+    start = memory.ctypes.data
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        fields = line.split()
+        if "-" in fields[0] and not fields[0].endswith(":"):
+            low, high = (int(part, 16) for part in fields[0].split("-"))
+            found = low <= start < high
+        elif found and fields[0] == "Rss:":
+            return int(fields[1]) * 1024
+    raise AssertionError("no such memory")
+
+
+def test_memory_behind_a_lower_limit_is_given_back() -> None:
+    limit = 64 << 20
+    tested = arena(limit, capacity_bytes=limit)
+    block = tested.place(limit, limit, 64)
+    assert block is not None
+    assert not tested.shrink(limit // 4), "a block is in the way"
+    memory = tested.memory(block)
+    memory[:] = 5
+    before = resident_bytes(memory)
+    tested.free(block)
+    assert tested.shrink(limit // 4)
+    assert before - resident_bytes(memory) >= limit // 2
+    assert (memory[: limit // 4] == 5).all()
+    assert tested.place(limit // 4 + 1, limit // 4 + 1, 1) is None
+
+
+class Small(CpuDevice):
+    """Has no address space for more than a limit."""
+
+    def allocate(self, n_bytes: int) -> Bytes:
+        if n_bytes > LIMIT:
+            raise OSError("cannot allocate memory")
+        return super().allocate(n_bytes)
+
+
+def test_where_there_is_no_address_space_for_more_the_limit_is_all() -> None:
+    tested = Arena(Small(), 5 * LIMIT, LIMIT)
+    assert (tested.capacity_bytes, tested.limit_bytes) == (LIMIT, LIMIT)
+    assert tested.place(LIMIT, LIMIT, 64) is not None
+    with pytest.raises(OSError, match="cannot allocate"):
+        Arena(Small(), 5 * LIMIT, 2 * LIMIT)

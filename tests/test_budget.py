@@ -54,7 +54,7 @@ def test_a_budget_is_settled_to_its_bytes_scratch_included(budget: int | str, bu
     settled = settle(budget, INFOS, 8192, {})
     assert settled.budget_bytes == budget_bytes
     assert settled.scratch_bytes == 8192
-    assert settled.arena_bytes == settled.capacity_bytes == budget_bytes - 8192
+    assert settled.arena_bytes == budget_bytes - 8192
     assert not settled.growable
 
 
@@ -74,7 +74,7 @@ def test_segments_are_the_weights_in_order_and_lie_on_what_reads_want() -> None:
 def test_a_budget_beyond_the_model_is_clamped_to_it(budget: int | str) -> None:
     settled = settle(budget, INFOS, 8192, {})
     assert settled.budget_bytes == FOOTPRINT + 8192
-    assert settled.arena_bytes == settled.capacity_bytes == FOOTPRINT
+    assert settled.arena_bytes == FOOTPRINT
 
 
 @pytest.mark.parametrize("budget", ["100%", TOTAL, FOOTPRINT + 8191])
@@ -97,7 +97,7 @@ def test_the_smallest_budget_starts_with_scratch_alone_and_may_grow_to_hold_all(
     settled = settle("min", INFOS, 8192, {})
     assert settled.growable
     assert (settled.budget_bytes, settled.arena_bytes, settled.scratch_bytes) == (8192, 0, 8192)
-    assert settled.capacity_bytes >= FOOTPRINT
+    assert settled.most_bytes >= FOOTPRINT
 
 
 @pytest.mark.parametrize("available", [1_400_000, 10**12])
@@ -171,9 +171,9 @@ def test_a_piece_that_does_not_fit_is_named() -> None:
     assert caught.value.needed_bytes == 220 * PAGE_BYTES
 
 
-def test_where_all_fits_there_is_no_slot_in_the_way_of_a_whole_table() -> None:
+def test_where_all_fits_there_is_room_for_all_tables_whole_and_none_for_their_rows() -> None:
     settled = settle("100%", [*INFOS, info("table", LARGE)], 8192, {"table": 30_000})
-    assert not any(segment.is_slot for segment in settled.segments)
+    assert settled.arena_bytes == sum(segment.size_bytes for segment in settled.segments if not segment.is_slot)
 
 
 # The memory that is available.
@@ -283,7 +283,7 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.blocks: list[Block] = []
         self.most_bytes = self.most_end = 0
-        add, free = Arena._add, Arena.free
+        add, remove = Arena._add, Arena._remove
 
         def watched_add(arena: Arena, block: Block) -> Block:
             self.blocks.append(block)
@@ -291,12 +291,12 @@ class Watch:
             self.most_end = max(self.most_end, block.end)
             return add(arena, block)
 
-        def watched_free(arena: Arena, block: Block, *events: Any) -> None:
+        def watched_remove(arena: Arena, block: Block) -> None:
             self.blocks.remove(block)
-            free(arena, block, *events)
+            remove(arena, block)
 
         monkeypatch.setattr(Arena, "_add", watched_add)
-        monkeypatch.setattr(Arena, "free", watched_free)
+        monkeypatch.setattr(Arena, "_remove", watched_remove)
 
 
 @pytest.fixture

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from litrt.arena import Arena
 from litrt.cache import Cache, State
 from litrt.device import CpuDevice
+from litrt.layout import align_up
 from litrt.store import TensorInfo
 from litrt.trace import Segment
 
@@ -38,3 +41,58 @@ def test_what_another_thread_has_fetched_while_room_was_made_is_not_placed_again
     for entry in (large, wanted):
         cache.free(entry)
     assert arena.held_bytes == 0
+
+
+SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=10)
+
+
+@given(sizes=SIZES, data=st.data())
+def test_what_stays_is_moved_to_where_it_is_to_be_and_its_bytes_with_it(sizes: list[int], data: st.DataObject) -> None:
+    """From one order and alignment to another, some of them not there, some with a tensor that somebody holds."""
+    numbers = range(len(sizes))
+    first, second = (data.draw(st.permutations(list(numbers))) for _ in range(2))
+    aligns = data.draw(st.sampled_from([(1, 64), (64, 1), (64, 64)]))
+    there = data.draw(st.sets(st.sampled_from(list(numbers))))
+    stays = data.draw(st.sets(st.sampled_from(list(numbers))))
+    held = data.draw(st.sets(st.sampled_from(list(numbers)), max_size=1))
+    device = CpuDevice()
+    capacity = sum(align_up(size, 64) for size in sizes)
+    segments = [Segment(str(n), size, align_up(size, aligns[1]), aligns[1]) for n, size in enumerate(sizes)]
+    infos = [TensorInfo(str(n), (size,), torch.uint8, size, str(n), size, True) for n, size in enumerate(sizes)]
+    arena = Arena(device, capacity, capacity, poison=True)
+    cache = Cache(segments, infos, device, arena, scratch_bytes=0, growable=False, wait=lambda: None)
+    offset = 0
+    holders = {}
+    for number in first:
+        size_bytes = align_up(sizes[number], aligns[0])
+        if number in there:
+            entry = cache.entries[number]
+            entry.block = arena.place_at(offset, sizes[number], size_bytes)
+            entry.state = State.READY
+            cache.tensor(entry).fill_(number)
+            if number in held:
+                holders[number] = cache.tensor(entry).view(-1)
+        offset += size_bytes
+    offsets, offset = {}, 0
+    for number in second:
+        if number in stays:
+            offsets[cache.entries[number]] = offset
+            offset += segments[number].size_bytes
+    cache.keep(offsets)
+    for number, entry in enumerate(cache.entries):
+        if entry.resident:
+            assert entry.block is not None
+            assert (number in there, entry.state, entry.block.offset) == (True, State.READY, offsets[entry])
+            assert entry.block.size_bytes == segments[number].size_bytes
+            assert (cache.tensor(entry) == number).all()
+        elif stays and number not in holders:
+            assert entry.state is State.ABSENT
+    for number, tensor in holders.items():
+        assert (tensor == number).all(), "bytes that somebody sees are where they were"
+    if (
+        stays
+        and not holders
+        and aligns[0] == aligns[1]
+        and [n for n in first if n in stays & there] == [n for n in second if n in stays & there]
+    ):
+        assert all(cache.entries[n].resident for n in stays & there), "in one order, all can move"

@@ -22,6 +22,7 @@ from torch import nn
 
 import litrt
 import litrt.link
+import litrt.planner
 from litrt.arena import Arena
 from litrt.budget import as_segments
 from litrt.cache import Cache
@@ -492,7 +493,7 @@ def test_the_arena_is_exactly_the_budget_and_the_largest_use_where_that_is_the_s
 def test_auto_is_what_the_device_has_left_beside_activations_and_a_reserve(
     plain: nn.Module, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(litrt.runtime, "_RESERVE_BYTES", 1000)
+    monkeypatch.setattr(litrt.planner, "_RESERVE_BYTES", 1000)
     activation_bytes = 2 * LAYER_BYTES
     device = FakeDevice("random", memory_bytes=7 * LAYER_BYTES + 1000, activation_bytes=activation_bytes)
     with litrt.Runtime(Chain, path, budget="auto", device=device) as rt:

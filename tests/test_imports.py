@@ -31,6 +31,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "residency",
         "plan",
         "measured",
+        "paths",
     ),
     "edges": (
         "blocks",
@@ -60,8 +61,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "convert",
     ),
     "moving": ("arena", "cache", "turns", "bindings", "parts", "follower", "pipeline", "link"),
-    "model": ("rows", "borrow", "placeholder", "frames", "residents", "skeleton"),
-    "wiring": ("runtime",),
+    "model": ("rows", "borrow", "placeholder", "frames", "onlookers", "residents", "skeleton"),
+    "wiring": ("planner", "shared", "runtime"),
     "top": ("testing", "demo", "cli", "__init__"),
 }
 """Every module, lowest first: each imports only what stands before it, in its own layer or below."""
@@ -77,6 +78,7 @@ PURE = {
     "residency",
     "plan",
     "measured",
+    "paths",
     "policy",
     "cursor",
     "units",

@@ -11,7 +11,7 @@ from torch import nn
 from traces import chain
 
 import litrt
-import litrt.runtime
+import litrt.planner
 from litrt.measured import better_plan, typical
 from litrt.plan import Plan, make_plan
 from litrt.trace import Trace, Use
@@ -127,7 +127,7 @@ def test_a_runtime_changes_to_a_better_plan_once(
         calls.append(other_plan(plan, *args))  # type: ignore[arg-type]
         return calls[-1]
 
-    monkeypatch.setattr(litrt.runtime, "better_plan", better)
+    monkeypatch.setattr(litrt.planner, "better_plan", better)
     plain = Net().eval().requires_grad_(False)
     x = torch.randn(2, 64)
     with litrt.Runtime(Net, make_store(plain), budget="60%") as rt:

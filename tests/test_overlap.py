@@ -20,7 +20,7 @@ from conftest import MakeStore
 from torch import nn
 
 import litrt
-import litrt.runtime
+import litrt.planner
 from litrt.device import Bytes
 from litrt.pipeline import Pipeline
 from litrt.plan import Plan, make_plan
@@ -98,7 +98,7 @@ def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         uses = tuple(replace(use, compute_s=1.0, held_s=None) for use in trace.uses)
         return make_plan(Trace(trace.segments, uses, LAYER_BYTES / 0.9), budget_bytes, **options)
 
-    monkeypatch.setattr(litrt.runtime, "make_plan", make)
+    monkeypatch.setattr(litrt.planner, "make_plan", make)
 
 
 class Chain(nn.Module):

@@ -1,0 +1,123 @@
+"""Weights that stay make room while other threads compute with them as soon as these are done."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import MakeStore
+from torch import nn
+
+import litrt
+from litrt.onlookers import Onlookers
+
+WIDTH = 64
+LIMIT_S = 30
+
+
+class Slow(nn.Module):
+    """Computes with its weight when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.began, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.linear.weight.detach()  # a view, whose bytes stay
+        self.began.set()
+        assert self.go_on.wait(LIMIT_S)
+        return x @ weight
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = Slow()
+        self.small = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.wide = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.slow(x)
+        for layer in self.small:
+            x = layer(x)
+        return x
+
+
+X = torch.linspace(-1, 1, WIDTH).reshape(1, WIDTH)
+
+
+@pytest.fixture
+def plain() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Net().eval()
+
+
+@pytest.mark.usefixtures("poisoned")
+@torch.no_grad()
+def test_an_operator_waits_for_what_another_thread_computes_with(plain: nn.Module, make_store: MakeStore) -> None:
+    budget = 4 * WIDTH * WIDTH * 4
+    with litrt.Runtime(Net, make_store(plain), budget=budget) as rt:
+        rt.warmup(X)
+        assert type(rt.module.slow.linear.weight) is nn.Parameter, "it stays"
+        slow = rt.module.slow
+        slow.began.clear()
+        slow.go_on.clear()
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(slow, X)
+            assert slow.began.wait(LIMIT_S)
+            second = pool.submit(rt.module.wide, X)  # needs the room of what the other one computes with
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.2)
+            slow.go_on.set()
+            assert torch.equal(first.result(LIMIT_S), plain.slow(X))
+            assert torch.equal(second.result(LIMIT_S), plain.wide(X))
+        assert torch.equal(rt(X), plain(X))
+        stats = rt.stats()
+        assert stats.peak_bytes <= stats.budget_bytes
+
+
+@pytest.mark.usefixtures("poisoned")
+@torch.no_grad()
+def test_what_is_held_without_computing_is_an_error_at_once(plain: nn.Module, make_store: MakeStore) -> None:
+    budget = 4 * WIDTH * WIDTH * 4
+    with litrt.Runtime(Net, make_store(plain), budget=budget) as rt:
+        rt.warmup(X)
+        row = rt.module.slow.linear.weight.detach()[0]
+        with pytest.raises(litrt.BudgetError):
+            rt.module.wide(X)
+        assert torch.equal(row, plain.slow.linear.weight[0])
+
+
+def in_thread(work: Callable[[], object], began: threading.Event, go_on: threading.Event, looks: Onlookers) -> bool:
+    """Returns what is said of another thread that does some work."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert began.wait(LIMIT_S)
+        return looks.are_computing()
+    finally:
+        go_on.set()
+        thread.join()
+
+
+def test_threads_in_a_module_of_the_model_are_seen_and_no_others() -> None:
+    net, other = Net(), Net()
+    looks = Onlookers(net)
+    assert not looks.are_computing()
+    for module, expected in ((net.slow, True), (other.slow, False), (net, True)):
+        slow = module if isinstance(module, Slow) else module.slow
+        slow.began.clear()
+        slow.go_on.clear()
+        assert in_thread(lambda module=module: module(X), slow.began, slow.go_on, looks) is expected
+    began, go_on = threading.Event(), threading.Event()
+    assert not in_thread(lambda: (began.set(), go_on.wait(LIMIT_S)), began, go_on, looks)
+    net.register_forward_hook(lambda *_: began.set() if looks.are_computing() else None)
+    began.clear()
+    net(X)
+    assert not began.is_set(), "this thread is no other one"
