@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -14,13 +15,16 @@ from typing import Any, Self, get_args
 import torch
 from torch import nn
 
+from litrt import gradients
 from litrt.arena import Arena
 from litrt.arrays import floating_dtype
 from litrt.budget import as_segments, part_bytes, requested_bytes, settle, settle_host, smallest_bytes
+from litrt.compiled import uncompiled
 from litrt.device import Device
 from litrt.devices import open_device
-from litrt.errors import ClosedError, LitrtError
+from litrt.errors import ClosedError, LitrtError, WeightWriteError
 from litrt.frames import wrap_fused
+from litrt.guards import check_eval, guard, norms
 from litrt.link import HostTier, Link
 from litrt.loader import StoreLoader
 from litrt.measured import N_PASSES, better_plan, measured_again, typical
@@ -46,6 +50,8 @@ _RESERVE_BYTES = 512 << 20
 _QUICK_S = 1.0
 """Warm-up passes of less than this are run again."""
 
+
+_uncompiled = uncompiled("litrt sees a pass begin and end here.")
 
 _alive: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
@@ -191,8 +197,11 @@ class Runtime:
         try:
             by_name = {info.name: info for info in infos}
             placeholders = furnish(self.module, found, deferral, by_name, self._pipeline, indices, self._device)
-            self._residents = Residents(placeholders, self._pipeline)
+            self._read_whole = functools.partial(_read_whole, reader, infos, self._device)
+            self._residents = Residents(placeholders, self._pipeline, self._read_whole)
             self._pipeline.cache.evict_resident = self._residents.evict
+            self._unguard = guard(self.module, self._residents.find)
+            self._norms = norms(self.module)
             self._hook()
         except BaseException:
             self._stop()
@@ -211,8 +220,11 @@ class Runtime:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module: one pass. The first one is recorded, unless `warmup` was called."""
         self._check_open()
-        if self._unhook is None:
-            self._n_passes += 1
+        if self._unhook is not None:
+            with torch.no_grad():
+                return self.module(*args, **kwargs)
+        check_eval(self._norms, self._residents.find)
+        self._n_passes += 1
         with torch.no_grad():
             return self.module(*args, **kwargs)
 
@@ -227,6 +239,7 @@ class Runtime:
         """
         self._check_open()
         with self._pass_lock:
+            self._check_unwritten()
             if self._plan is not None:
                 self._unfollow()
             self._is_settled = False
@@ -275,6 +288,7 @@ class Runtime:
         `rt.module.state_dict()` has what stands for them, and loads nothing. What is read here is not in the budget.
         """
         self._check_open()
+        self._residents.check()
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             if isinstance(tensor, Placeholder):
                 yield name, self._read_whole(tensor._litrt_index)
@@ -289,14 +303,10 @@ class Runtime:
         """
         self._check_open()
         with self._pass_lock, self._pipeline.alone():
-            self._residents.detach(self._read_whole)
+            self._residents.check()
+            self._residents.detach()
         self.close()
         return self.module
-
-    def _read_whole(self, index: int) -> torch.Tensor:
-        """Returns a weight in memory of its own."""
-        info = self._infos[index]
-        return self._reader.read_tensor(info.name).to(device=self._device.torch_device, dtype=info.dtype)
 
     def _check_open(self) -> None:
         if not self._stop.alive:
@@ -330,10 +340,19 @@ class Runtime:
         return self._host.plan if self._host is not None else None
 
     def close(self) -> None:
-        """Gives back all memory and ends the threads. The module's weights cannot be used any more."""
+        """Gives back all memory and ends the threads. The module's weights cannot be used any more.
+
+        Raises:
+            WeightWriteError: If weights that stayed were written to; all the same, the runtime is closed.
+        """
         with self._pass_lock:
-            if self._stop.alive:
+            if not self._stop.alive:
+                return
+            try:
+                self._residents.check_at_end()
+            finally:
                 self._residents.evict_all()
+                self._unguard()
                 if self._unhook is not None:
                     self._unhook()
                 self._stop()
@@ -344,7 +363,8 @@ class Runtime:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        with contextlib.suppress(*([] if exc is None else [WeightWriteError])):  # the first error says more
+            self.close()
 
     # The main loop: one pass of the root module after the other.
 
@@ -356,10 +376,16 @@ class Runtime:
 
         @functools.wraps(forward)
         def one_pass(*args: Any, **kwargs: Any) -> Any:
-            with self._pass_lock:
-                if self._in_pass:
-                    return forward(*args, **kwargs)
-                return self._run_pass(forward, args, kwargs)
+            if not self._begin_pass():
+                return forward(*args, **kwargs)
+            has_ended = False
+            try:
+                with torch.no_grad():
+                    result = forward(*args, **kwargs)
+                has_ended = True
+            finally:
+                self._end_pass(has_ended)
+            return self._without_gradients(result, args, kwargs)
 
         own = vars(module).get("forward")
         vars(module)["forward"] = one_pass
@@ -373,16 +399,48 @@ class Runtime:
 
         self._unhook = unhook
 
-    def _run_pass(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    @_uncompiled
+    def _begin_pass(self) -> bool:
+        """Begins a pass, unless this thread is in one; other threads wait for its end."""
+        self._pass_lock.acquire()
+        if self._in_pass:
+            self._pass_lock.release()
+            return False
         try:
+            gradients.check_transforms("a pass")
+            self._check_unwritten()
             self._in_pass = True
             self._pipeline.begin_pass(counting=not self._recording)
-            with torch.no_grad():
-                result = forward(*args, **kwargs)
-            n_mismatches = self._pipeline.end_pass()
-        finally:
+        except BaseException:
             self._in_pass = False
-            self._pipeline.leave_pass()
+            self._pass_lock.release()
+            raise
+        return True
+
+    @_uncompiled
+    def _end_pass(self, has_ended: bool) -> None:
+        try:
+            n_mismatches = 0
+            try:
+                if has_ended:
+                    self._residents.check(addresses=False)
+                    n_mismatches = self._pipeline.end_pass()
+            finally:
+                self._in_pass = False
+                self._pipeline.leave_pass()
+            if has_ended:
+                self._learn(n_mismatches)
+        finally:
+            self._pass_lock.release()
+
+    @_uncompiled
+    def _without_gradients(self, result: Any, args: Any, kwargs: Any) -> Any:
+        if gradients.asked_for((args, kwargs), besides=Placeholder):
+            return gradients.refused(result, "a pass")
+        return result
+
+    def _learn(self, n_mismatches: int) -> None:
+        """Plans with what a pass has done, where that is called for."""
         self._n_passes += not self._recording
         if self._recording:
             self._last_uses = self._pipeline.uses()
@@ -393,7 +451,11 @@ class Runtime:
         else:
             self._last_uses = []
             self._measure_again()
-        return result
+
+    def _check_unwritten(self) -> None:
+        """Raises WeightWriteError where weights that stay were written to, or would be in a pass."""
+        self._residents.check()
+        check_eval(self._norms, self._residents.find)
 
     def _make_plan(self, uses: list[Use]) -> None:
         bandwidth_bps, latency_s = self._pipeline.measured()
@@ -473,6 +535,12 @@ class Runtime:
         if again and self._policy == "belady" and self._plan is not None:
             self._follow(replan(self._plan, uses, self._arena.limit_bytes))
             self._last_uses = []
+
+
+def _read_whole(reader: Reader, infos: list[TensorInfo], device: Device, index: int) -> torch.Tensor:
+    """Returns a weight in memory of its own."""
+    info = infos[index]
+    return reader.read_tensor(info.name).to(device=device.torch_device, dtype=info.dtype)
 
 
 def _forked() -> None:

@@ -60,7 +60,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "convert",
     ),
     "moving": ("arena", "cache", "turns", "bindings", "parts", "follower", "pipeline", "link"),
-    "model": ("rows", "borrow", "placeholder", "frames", "residents", "skeleton"),
+    "model": ("rows", "compiled", "gradients", "borrow", "placeholder", "frames", "guards", "residents", "skeleton"),
     "wiring": ("runtime",),
     "top": ("testing", "demo", "cli", "__init__"),
 }
