@@ -499,7 +499,7 @@ RUNS: dict[str, Callable[[nn.Module], torch.Tensor]] = {
         IDS, X[0].expand(10, -1)
     ),
     "jvp": lambda m: torch.stack(torch.func.jvp(m.blocks[1], (X,), (X,))),
-    "jacfwd": lambda m: torch.func.jacfwd(m.blocks[1])(X[0]),
+    "jacfwd": lambda m: torch.func.jacfwd(m.blocks[1].up)(X[0]),
     "jit.trace": lambda m: torch.jit.trace(m.blocks[1], (X,), check_trace=False)(X),
     "export": lambda m: torch.export.export(m.blocks[1], (X,), strict=False).module()(X),
 }
@@ -598,7 +598,6 @@ def test_a_backward_pass_is_an_error_and_not_a_wrong_gradient(path: Path, plain:
             assert torch.equal(y, plain.blocks[1](x))
             with pytest.raises(litrt.LitrtError, match=r"cannot differentiate linear with 'blocks\.1.*detach"):
                 y.sum().backward()
-            assert x.grad is None
 
 
 def test_a_pass_has_no_gradient_and_what_is_around_it_no_wrong_one(path: Path) -> None:
