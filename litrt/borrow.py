@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn, Self
 
 import torch
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
+from litrt import gradients
 from litrt.bindings import Binding
-from litrt.errors import WeightWriteError
+from litrt.errors import BudgetError, WeightWriteError
 from litrt.rows import Source
 
 
@@ -42,8 +44,9 @@ def _view_of(placeholder: Stored, real: torch.Tensor) -> torch.Tensor:
         return real.as_strided(size, stride, offset)
     if not placeholder._litrt_requires_grad:
         return real
-    # Products fold a batch into one matrix, or do not, by what their second factor says here.
-    return real.detach().requires_grad_()
+    # Products fold a batch into one matrix, or do not, by what their second factor says here. Transforms of torch.func
+    # forbid `requires_grad_`.
+    return torch.Tensor._make_subclass(torch.Tensor, real, True)
 
 
 def was_swapped(error: AttributeError) -> bool:
@@ -145,6 +148,11 @@ class Borrowed:
             owner, _ = next(iter(self._owners.values()))
             refuse_write(owner, getattr(func, "__name__", str(func)))
 
+    def what(self, func: Callable[..., Any]) -> str:
+        """Returns words for a use of what was borrowed."""
+        owner, _ = next(iter(self._owners.values()))
+        return f"{getattr(func, '__name__', func)!s} with {owner._litrt_name!r}"
+
     def __len__(self) -> int:
         return len(self._values)
 
@@ -159,6 +167,8 @@ class Borrowed:
         if isinstance(result, torch.Tensor):
             if isinstance(result, Stored) or result.layout is not torch.strided:
                 return result
+            if is_functorch_wrapped_tensor(result):
+                return result.clone() if _unwrapped(result).untyped_storage()._cdata in self._owners else result
             owner, start = self._owners.get(result.untyped_storage()._cdata, (None, 0))
             if owner is None or result.dtype != owner._litrt_dtype or result.is_conj() or result.is_neg():
                 return result
@@ -180,23 +190,47 @@ class Borrowed:
 
 
 def call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Calls `func` with every placeholder among its arguments replaced by its values."""
+    """Calls `func` with every placeholder among its arguments replaced by its values.
+
+    Transforms of `torch.func` see these as constants: they are loaded outside of them.
+    """
     borrowed = Borrowed()
+    is_transformed = gradients.is_transformed()
     real_args: Any = None
     real_kwargs: Any = None
     try:
-        borrowed.borrow(lambda: _placeholders((*args, *kwargs.values())))
+        with torch._C._DisableFuncTorch() if is_transformed else nullcontext():
+            _borrow_all(borrowed, args, kwargs)
         if not borrowed:  # placeholders in a container that we do not look into: met again further down
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         real_args, real_kwargs = _replace(args, borrowed), _replace(kwargs, borrowed)
+        if is_transformed:
+            gradients.check_transforms(borrowed.what(func))
         with torch.no_grad(), no_autocast_cache():
             result = func(*real_args, **real_kwargs)
         borrowed.check_unwritten(func)
-        return borrowed.without_aliases(result)
+        result = borrowed.without_aliases(result)
+        if gradients.asked_for((args, kwargs), besides=Stored):
+            return gradients.refused(result, borrowed.what(func))
+        return result
     finally:
         real_args = real_kwargs = None
         borrowed.give_back()
+
+
+def _borrow_all(borrowed: Borrowed, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    try:
+        borrowed.borrow(lambda: _placeholders((*args, *kwargs.values())))
+    except BudgetError as error:
+        if torch._C._get_tracing_state() is None:
+            raise
+        raise BudgetError(
+            "torch.jit.trace keeps every weight that it has seen, and the budget does not hold them all: trace the "
+            f"plain module that rt.detach() gives. ({error})",
+            budget_bytes=error.budget_bytes,
+            needed_bytes=error.needed_bytes,
+        ) from error
 
 
 def call_directly(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -204,7 +238,7 @@ def call_directly(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
 
     The usual case: whole weights of one runtime, each an argument itself and there once, no gradients, no autocast.
     """
-    if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+    if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or gradients.is_transformed():
         return NotImplemented
     weights: list[Stored] = []
     indices: list[int] = []
@@ -265,6 +299,13 @@ def call_directly(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
             borrowed.give_back()
 
 
+def _unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor inside one of a transform of `torch.func`."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
+
+
 def _is_apart(result: Any, values: Iterable[torch.Tensor]) -> bool:
     """Says whether a result is a plain tensor that shares no memory with `values`."""
     if type(result) is not torch.Tensor or result.layout is not torch.strided:
@@ -314,6 +355,7 @@ def _replace(value: Any, reals: Borrowed) -> Any:
 
 
 def refuse_write(placeholder: Stored, func_name: str) -> NoReturn:
+    placeholder._litrt_source.refused()
     raise WeightWriteError(
         f"cannot write to {placeholder._litrt_name!r} ({func_name}): litrt serves weights read-only. Change the "
         "checkpoint and convert it again, or use a copy: w = w.clone().",

@@ -90,7 +90,7 @@ VIEWS = _methods(
     t transpose permute view view_as reshape reshape_as unsqueeze squeeze narrow select expand expand_as broadcast_to
     chunk split split_with_sizes tensor_split hsplit vsplit dsplit unbind flatten unflatten movedim moveaxis swapaxes
     swapdims diagonal detach contiguous alias as_strided unfold adjoint ravel __getitem__ T mT H mH data to type cpu
-    float double half bfloat16 atleast_1d atleast_2d atleast_3d
+    cuda float double half bfloat16 atleast_1d atleast_2d atleast_3d
     """.split()
 )
 """What may be answered by a placeholder of the view, where it is one."""
@@ -103,11 +103,13 @@ CASTS = {
     torch.Tensor.half: torch.float16,
     torch.Tensor.bfloat16: torch.bfloat16,
 }
-CONVERSIONS = frozenset({torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.type, *CASTS})
+CONVERSIONS = frozenset({torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.type, *CASTS})
+
+DATA_SET: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 _WRITERS = frozenset(
     {
-        torch.Tensor.data.__set__,  # type: ignore[attr-defined]
+        DATA_SET,
         torch.Tensor.__setitem__,
         *(
             getattr(torch.Tensor, f"__i{name}__")

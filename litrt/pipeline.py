@@ -93,6 +93,7 @@ class Pipeline:
         tables: Set[int] = frozenset(),
     ) -> None:
         self.counters = Counters()
+        self.n_refused = 0  # writes
         lock = threading.RLock()
         self._lock: threading.RLock | _Forked = lock
         self._ready = threading.Condition(lock)
@@ -278,6 +279,10 @@ class Pipeline:
                 self._queue_reads(entry, _URGENT)
             while any(entry.state is State.READING for entry in binding.entries):
                 self._wait()
+
+    def refused(self) -> None:
+        """Counts a write that was refused."""
+        self.n_refused += 1
 
     def _step_of(self, indices: tuple[int, ...]) -> int | None:
         """Returns the step of the plan that a use of `indices` is, and moves the plan on to it."""
@@ -630,6 +635,11 @@ class Pipeline:
         """Waits until something has changed: a read has ended, or somebody has let go of something."""
         self._ready.wait(timeout_s)
         self._check_open()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be served any more."""
+        return self._closed
 
     def _check_open(self) -> None:
         if self._closed:

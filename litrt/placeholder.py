@@ -18,9 +18,12 @@ from typing import Any, NoReturn, Self
 import torch
 
 from litrt.borrow import Stored, call, call_directly, refuse_write, was_swapped
+from litrt.compiled import uncompiled
 from litrt.device import contiguous_strides
 from litrt.errors import LitrtError
+from litrt.gradients import asked_for, is_transformed, refused
 from litrt.operators import (
+    DATA_SET,
     DISPATCH_VIEWS,
     GRAD_SETTERS,
     METADATA,
@@ -127,6 +130,24 @@ class Placeholder(Stored):
             device = self.device
         return Placeholder(self._litrt_source, self._litrt_index, self._litrt_name, geometry, self._litrt_shape, device)
 
+    @classmethod
+    def of(cls, placeholder: Placeholder) -> Self:
+        """Returns one for the same weight."""
+        with torch._C.DisableTorchFunctionSubclass():
+            meta = torch.empty(placeholder._litrt_shape, dtype=placeholder.dtype, device="meta").as_strided(
+                placeholder.size(), placeholder.stride(), placeholder.storage_offset()
+            )
+            return cls(
+                placeholder._litrt_source,
+                placeholder._litrt_index,
+                placeholder._litrt_name,
+                meta,
+                placeholder._litrt_shape,
+                placeholder.device,
+                is_param=hasattr(placeholder, "_is_param"),
+                requires_grad=placeholder._litrt_requires_grad,
+            )
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
             shape, dtype, device = tuple(self.shape), self.dtype, self.device
@@ -143,7 +164,7 @@ class Placeholder(Stored):
         )
 
 
-@torch._disable_dynamo  # type: ignore[attr-defined]  # a compiled block breaks here, and goes on behind
+@uncompiled("litrt loads a weight here that is not in memory.")
 def _intercept(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Answers a call of `func` with placeholders among its arguments."""
     if _only_computes(func) and not (kwargs and ("out" in kwargs or "inplace" in kwargs)):
@@ -158,6 +179,8 @@ def _intercept(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
         views = _view(func, args, kwargs)
         if views is not NotImplemented:
             return views
+    if func == DATA_SET and _is_same(*args):
+        return None
     if func in GRAD_SETTERS and isinstance(args[0], Placeholder):
         return _set_requires_grad(args[0], *args[1:], **kwargs)
     rows = _part_of(func, args, kwargs)
@@ -189,35 +212,22 @@ class Unseen(Placeholder):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    @classmethod
-    def of(cls, placeholder: Placeholder) -> Self:
-        """Returns one for the same weight."""
-        with torch._C.DisableTorchFunctionSubclass():
-            meta = torch.empty(placeholder._litrt_shape, dtype=placeholder.dtype, device="meta").as_strided(
-                placeholder.size(), placeholder.stride(), placeholder.storage_offset()
-            )
-            return cls(
-                placeholder._litrt_source,
-                placeholder._litrt_index,
-                placeholder._litrt_name,
-                meta,
-                placeholder._litrt_shape,
-                placeholder.device,
-                is_param=hasattr(placeholder, "_is_param"),
-                requires_grad=placeholder._litrt_requires_grad,
-            )
-
 
 def _view(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Returns placeholders for the view that `func` makes of its first argument, or NotImplemented where it copies."""
     self = args[0] if args else None
     if not isinstance(self, Placeholder):
         return NotImplemented
+    if is_transformed():
+        with torch._C._DisableFuncTorch():
+            return lazy_view(func, self, args[1:], kwargs, self._litrt_shape, self._litrt_view)
     return lazy_view(func, self, args[1:], kwargs, self._litrt_shape, self._litrt_view)
 
 
 def _part_of(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Returns what `func` makes of a few rows of a placeholder, or NotImplemented where it needs all of it."""
+    if is_transformed():
+        return NotImplemented  # rows are numbers that a transform may have made many of
     table = table_of(func, args, kwargs)
     if isinstance(table, Placeholder):
         if func is torch.nn.functional.embedding and (args[3:4] or (kwargs.get("max_norm"),))[0] is not None:
@@ -225,8 +235,25 @@ def _part_of(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
         return gather(func, args, kwargs, table)
     product = grouped(func, args, kwargs)
     if product is not None and isinstance(product.matrices, Placeholder):
-        return multiply_groups(product, product.matrices)
+        made = multiply_groups(product, product.matrices)
+        if made is not NotImplemented and asked_for((args, kwargs), besides=Stored):
+            return refused(made, f"a grouped product with {product.matrices._litrt_name!r}")
+        return made
     return NotImplemented
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Says whether two placeholders are of the same view of the same weight."""
+    if not (isinstance(one, Placeholder) and isinstance(other, Placeholder)):
+        return False
+    if (one._litrt_source, one._litrt_index) != (other._litrt_source, other._litrt_index):
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        return (one.size(), one.stride(), one.storage_offset()) == (
+            other.size(),
+            other.stride(),
+            other.storage_offset(),
+        )
 
 
 def _set_requires_grad(placeholder: Placeholder, requires_grad: bool = True) -> Placeholder:

@@ -1,16 +1,50 @@
-"""Weights that stay are plain tensors, so that using them costs nothing."""
+"""Weights that stay are plain tensors, so that using them costs nothing.
+
+Note on writes. Nothing stands between a plain tensor and code that writes to it. torch counts the writes to a tensor;
+`check` looks whether it has counted any, between passes, before a tensor gives its place up, and at the end. What was
+written is read from the store again before anything else uses it. Not counted are writes to `weight.data` and writes in
+inference mode; but where any write was found, or one to a weight that streams was refused, all that stay are read
+again.
+"""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from litrt.errors import LitrtError
+from litrt.errors import LitrtError, WeightWriteError
 from litrt.pipeline import Pipeline
 from litrt.placeholder import Placeholder
+
+_version: Callable[[torch.Tensor], int] = torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
+_address: Callable[[torch.Tensor], int] = torch._C.TensorBase.data_ptr
+
+
+@dataclass(slots=True)
+class _Plain:
+    """An object that was a placeholder and is a plain tensor for now.
+
+    Attributes:
+        spot: The object.
+        placeholder: What it was, for now in an object of its own.
+        version: Of writes, as torch counts them, that were before.
+        address: Of its bytes.
+    """
+
+    spot: torch.Tensor
+    placeholder: torch.Tensor
+    version: int
+    address: int
+
+    @property
+    def is_written(self) -> bool:
+        """Whether somebody has written to it, or given it other bytes."""
+        return (_version(self.spot), _address(self.spot)) != (self.version, self.address)
 
 
 class Residents:
@@ -21,12 +55,20 @@ class Residents:
     Args:
         placeholders: The placeholder objects of every segment.
         pipeline: Has the segments.
+        read: Reads a segment from the store, into memory of its own.
     """
 
-    def __init__(self, placeholders: dict[int, list[Placeholder]], pipeline: Pipeline) -> None:
+    def __init__(
+        self, placeholders: dict[int, list[Placeholder]], pipeline: Pipeline, read: Callable[[int], torch.Tensor]
+    ) -> None:
         self._objects: dict[int, list[torch.Tensor]] = {index: [*spots] for index, spots in placeholders.items()}
         self._pipeline = pipeline
-        self._parked: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._read = read
+        self._parked: dict[int, list[_Plain]] = {}
+        self._by_object: dict[int, _Plain] = {}
+        self._watched: tuple[list[torch.Tensor], list[int], list[int]] = [], [], []
+        self._lost: list[int] = []  # written to, and evicted since
+        self._n_refused = 0  # refused writes that `check` knows of
         self.all_plain = True
 
     def settle(self, indices: Iterable[int]) -> None:
@@ -39,9 +81,10 @@ class Residents:
             for index in indices:
                 if index not in self._parked:
                     self._settle(index)
+            self._watch()
 
     def _settle(self, index: int) -> None:
-        parked: list[tuple[torch.Tensor, torch.Tensor]] = []
+        parked: list[_Plain] = []
         for spot in self._objects.get(index, ()):
             plain = self._pipeline.resident_tensor(index)
             if plain is None:
@@ -50,42 +93,153 @@ class Residents:
             if isinstance(spot, nn.Parameter):
                 plain = nn.Parameter(plain, requires_grad=spot.requires_grad)
             if _swap(spot, plain):
-                parked.append((spot, plain))
+                parked.append(_Plain(spot, plain, _version(spot), _address(spot)))
             else:
                 self.all_plain = False
         self._parked[index] = parked
 
+    def find(self, tensor: torch.Tensor) -> Placeholder | None:
+        """Returns the placeholder that a tensor is, or is in the place of; None for one that is not served."""
+        if self._pipeline.is_closed:
+            return None
+        if isinstance(tensor, Placeholder):
+            return tensor if tensor._litrt_source is self._pipeline else None
+        plain = self._by_object.get(id(tensor))
+        if plain is None:
+            return None
+        assert isinstance(plain.placeholder, Placeholder)
+        return plain.placeholder
+
     def evict(self, index: int) -> bool:
         """Puts the placeholders of a segment back; says whether all could be, so that nothing holds its bytes."""
-        left = [
-            (spot, placeholder) for spot, placeholder in self._parked.get(index, ()) if not _swap(spot, placeholder)
-        ]
+        is_there = index in self._parked
+        left = self._evict(index)
+        if is_there:
+            self._watch()
+        return not left
+
+    def _evict(self, index: int) -> list[_Plain]:
+        """Returns what could not be put back."""
+        parked = self._parked.get(index, [])
+        if any(plain.is_written for plain in parked):
+            self._lost.append(index)
+            self._restore(index)  # an alias may hold the bytes, and revive them
+        left = [plain for plain in parked if not _put_back(plain)]
         if left:
             self._parked[index] = left
-            return False
-        self._parked.pop(index, None)
-        return True
+        else:
+            self._parked.pop(index, None)
+        return left
 
     def evict_all(self) -> None:
         """Puts all placeholders back where that is possible; other tensors keep their bytes alive by themselves."""
         for index in list(self._parked):
-            self.evict(index)
+            self._evict(index)
+        self._watch()
         self.all_plain = True
 
-    def detach(self, read: Callable[[int], torch.Tensor]) -> None:
+    # Writes.
+
+    def check(self, *, addresses: bool = True) -> None:
+        """Looks for writes to weights that stay.
+
+        Called between passes. What is read again is in memory of its own for a moment, beside the budget.
+
+        Args:
+            addresses: Look also for those that were given other bytes.
+
+        Raises:
+            WeightWriteError: Where there were any, once all that stay have their true values again.
+            CorruptWeightError: Where these cannot be read: then, as long as they cannot.
+        """
+        if not (self._lost or self._n_refused != self._pipeline.n_refused) and self._is_untouched(addresses):
+            return
+        with self._pipeline.alone():
+            n_refused = self._pipeline.n_refused
+            written = [index for index, parked in self._parked.items() if any(plain.is_written for plain in parked)]
+            written += [index for index in self._lost if index not in written]
+            if not written and n_refused == self._n_refused:
+                return  # another thread has just evicted one
+            for index in self._parked:
+                self._restore(index)
+            self._watch()
+            self._n_refused = n_refused
+            self._lost.clear()
+        if written:
+            self._refuse(written)
+
+    def check_at_end(self) -> None:
+        """Looks for writes, and leaves what was written.
+
+        Raises:
+            WeightWriteError: Where there were any.
+        """
+        written = [index for index, parked in self._parked.items() if any(plain.is_written for plain in parked)]
+        written += self._lost
+        self._lost = []
+        for parked in self._parked.values():
+            for plain in parked:
+                plain.version, plain.address = _version(plain.spot), _address(plain.spot)
+        if written:
+            self._refuse(written)
+
+    def _refuse(self, written: list[int]) -> None:
+        names = [self._pipeline.cache.entries[index].segment.name for index in dict.fromkeys(written)]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise WeightWriteError(
+            f"somebody has written to {names[0]!r}{more}: litrt serves weights read-only, and what was written is gone."
+            " Change the checkpoint and convert it again; or rt.detach() gives a plain module, which can be changed.",
+            name=names[0],
+        )
+
+    def _is_untouched(self, look_at_addresses: bool) -> bool:
+        spots, versions, addresses = self._watched
+        try:
+            if [spot._version for spot in spots] != versions:
+                return False
+            return not look_at_addresses or [*map(_address, spots)] == addresses
+        except RuntimeError:
+            return False  # another thread has just made one a placeholder, which has no address
+
+    def _watch(self) -> None:
+        plains = [plain for parked in self._parked.values() for plain in parked]
+        self._by_object = {id(plain.spot): plain for plain in plains}
+        self._watched = (
+            [plain.spot for plain in plains],
+            [plain.version for plain in plains],
+            [plain.address for plain in plains],
+        )
+
+    def _restore(self, index: int) -> None:
+        """Gives plain tensors their true values again."""
+        real = self._read(index)
+        with torch.inference_mode(False), torch.no_grad():
+            tensor = self._pipeline.resident_tensor(index)
+            if tensor is None:
+                return
+            tensor.copy_(real)
+            for plain in self._parked[index]:
+                if _address(plain.spot) != plain.address:
+                    again = self._pipeline.resident_tensor(index)
+                    assert again is not None
+                    plain.spot.data = again
+                plain.version, plain.address = _version(plain.spot), _address(plain.spot)
+
+    def detach(self) -> None:
         """Puts plain tensors with memory of their own in the place of all placeholders, and of views of them.
 
         Raises:
             LitrtError: If torch refuses to swap one of them.
         """
         self._parked.clear()
+        self._watch()
         views: dict[int, list[Placeholder]] = {}
         for thing in gc.get_objects():
             if issubclass(type(thing), Placeholder) and thing._litrt_source is self._pipeline:
                 views.setdefault(thing._litrt_index, []).append(thing)
         for index, spots in self._objects.items():
             plain = next((spot for spot in spots if not isinstance(spot, Placeholder)), None)
-            real = read(index) if plain is None else plain.detach().clone()
+            real = self._read(index) if plain is None else plain.detach().clone()
             objects = {id(spot): spot for spot in (*spots, *views.get(index, ()))}
             for spot in objects.values():
                 with torch._C.DisableTorchFunctionSubclass():
@@ -99,10 +253,17 @@ class Residents:
                     )
 
 
+def _put_back(plain: _Plain) -> bool:
+    placeholder: Any = plain.placeholder
+    if plain.spot.is_leaf:
+        placeholder._litrt_requires_grad = plain.spot.requires_grad
+    return _swap(plain.spot, plain.placeholder)
+
+
 def _swap(spot: torch.Tensor, other: torch.Tensor) -> bool:
     for key, value in vars(spot).items():
         if not key.startswith("_litrt_") and key != "_is_param":
-            vars(other).setdefault(key, value)
+            vars(other)[key] = value
     try:
         # Counting references to a parameter, torch makes a view of it and looks at its gradient function.
         with torch.inference_mode(False), torch.enable_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -15,13 +16,16 @@ from typing import Any, Self, get_args
 import torch
 from torch import nn
 
+from litrt import gradients
 from litrt.arena import Arena
 from litrt.arrays import floating_dtype
 from litrt.budget import Budget, largest_segment, part_bytes, requested_bytes, settle, settle_host
+from litrt.compiled import uncompiled
 from litrt.device import Device
 from litrt.devices import open_device
-from litrt.errors import ClosedError, LitrtError
+from litrt.errors import ClosedError, LitrtError, WeightWriteError
 from litrt.frames import wrap_fused
+from litrt.guards import check_eval, guard, norms
 from litrt.link import HostTier, Link
 from litrt.loader import StoreLoader
 from litrt.onlookers import Onlookers
@@ -46,6 +50,8 @@ _WARMUP_SHARE = 0.5
 _QUICK_S = 1.0
 """Warm-up passes of less than this are run again."""
 
+
+_uncompiled = uncompiled("litrt sees a pass begin and end here.")
 
 _alive: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
@@ -139,6 +145,7 @@ class Runtime:
         self._n_passes = 0
         self._recording = False
         self._recorded: tuple[list[Use], Hashable] = [], None  # by a warm-up
+        self._looks: Hashable = None  # of the inputs of the pass
         self._pass_lock = threading.RLock()
         self._in_pass = False
         self._unhook: Callable[[], None] | None = None
@@ -146,8 +153,11 @@ class Runtime:
             settled = self._open(budget, n_threads, host_bytes, strict=strict)
             by_name = {info.name: info for info in infos}
             placeholders = furnish(self.module, found, deferral, by_name, self._pipeline, indices, self._device)
-            self._residents = Residents(placeholders, self._pipeline)
+            self._read_whole = functools.partial(_read_whole, reader, infos, self._device)
+            self._residents = Residents(placeholders, self._pipeline, self._read_whole)
             self._pipeline.cache.evict_resident = self._residents.evict
+            self._unguard = guard(self.module, self._residents.find)
+            self._norms = norms(self.module)
             self._pipeline.are_others_computing = Onlookers(self.module).are_computing
             self._planner = Planner(
                 settled, self._pipeline, self._residents, self._loader, self._device, policy, self._bandwidth_bps
@@ -234,8 +244,11 @@ class Runtime:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module: one pass. The first one is recorded, unless `warmup` was called."""
         self._check_open()
-        if self._unhook is None:
-            self._n_passes += 1
+        if self._unhook is not None:
+            with torch.no_grad():
+                return self.module(*args, **kwargs)
+        check_eval(self._norms, self._residents.find)
+        self._n_passes += 1
         with torch.no_grad():
             return self.module(*args, **kwargs)
 
@@ -250,6 +263,7 @@ class Runtime:
         """
         self._check_open()
         with self._pass_lock:
+            self._check_unwritten()
             if self._planner.plan is not None:
                 self._planner.begin()
                 self._rehook()
@@ -287,6 +301,7 @@ class Runtime:
     def _set_budget(self, budget: int | str) -> None:
         if self._in_pass:
             raise LitrtError("the budget cannot be changed in a pass: call set_budget before or after it.")
+        self._residents.check()
         n_threads, scratch_bytes = self._n_threads, self._scratch_bytes
         if self._device.is_host:
             held_bytes = self._arena.held_bytes
@@ -385,6 +400,7 @@ class Runtime:
         `rt.module.state_dict()` has what stands for them, and loads nothing. What is read here is not in the budget.
         """
         self._check_open()
+        self._residents.check()
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             if isinstance(tensor, Placeholder):
                 yield name, self._read_whole(tensor._litrt_index)
@@ -399,14 +415,10 @@ class Runtime:
         """
         self._check_open()
         with self._pass_lock, self._pipeline.alone():
-            self._residents.detach(self._read_whole)
+            self._residents.check()
+            self._residents.detach()
         self.close()
         return self.module
-
-    def _read_whole(self, index: int) -> torch.Tensor:
-        """Returns a weight in memory of its own."""
-        info = self._infos[index]
-        return self._reader.read_tensor(info.name).to(device=self._device.torch_device, dtype=info.dtype)
 
     def _check_open(self) -> None:
         if not self._stop.alive:
@@ -440,10 +452,19 @@ class Runtime:
         return self._host.plan if self._host is not None else None
 
     def close(self) -> None:
-        """Gives back all memory and ends the threads. The module's weights cannot be used any more."""
+        """Gives back all memory and ends the threads. The module's weights cannot be used any more.
+
+        Raises:
+            WeightWriteError: If weights that stayed were written to; all the same, the runtime is closed.
+        """
         with self._pass_lock:
-            if self._stop.alive:
+            if not self._stop.alive:
+                return
+            try:
+                self._residents.check_at_end()
+            finally:
                 self._residents.evict_all()
+                self._unguard()
                 if self._unhook is not None:
                     self._unhook()
                 self._stop()
@@ -456,7 +477,8 @@ class Runtime:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        with contextlib.suppress(*([] if exc is None else [WeightWriteError])):  # the first error says more
+            self.close()
 
     # The main loop: one pass of the root module after the other.
 
@@ -468,10 +490,16 @@ class Runtime:
 
         @functools.wraps(forward)
         def one_pass(*args: Any, **kwargs: Any) -> Any:
-            with self._pass_lock:
-                if self._in_pass:
-                    return forward(*args, **kwargs)
-                return self._run_pass(forward, args, kwargs)
+            if not self._begin_pass(args, kwargs):
+                return forward(*args, **kwargs)
+            has_ended = False
+            try:
+                with torch.no_grad():
+                    result = forward(*args, **kwargs)
+                has_ended = True
+            finally:
+                self._end_pass(has_ended)
+            return self._without_gradients(result, args, kwargs)
 
         own = vars(module).get("forward")
         vars(module)["forward"] = one_pass
@@ -493,26 +521,68 @@ class Runtime:
         elif self._unhook is None:
             self._hook()
 
-    def _run_pass(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        looks = signature(args, kwargs)
+    @_uncompiled
+    def _begin_pass(self, args: Any, kwargs: Any) -> bool:
+        """Begins a pass with such inputs, unless this thread is in one; other threads wait for its end."""
+        self._pass_lock.acquire()
+        if self._in_pass:
+            self._pass_lock.release()
+            return False
         try:
+            gradients.check_transforms("a pass")
+            self._check_unwritten()
             self._in_pass = True
+            self._looks = signature(args, kwargs)
             if not self._recording:
-                self._planner.expect(looks)
+                self._planner.expect(self._looks)
             self._pipeline.begin_pass(counting=not self._recording)
-            with torch.no_grad():
-                result = forward(*args, **kwargs)
-            n_mismatches = self._pipeline.end_pass()
-        finally:
+        except BaseException:
             self._in_pass = False
-            self._pipeline.leave_pass()
+            self._pass_lock.release()
+            raise
+        return True
+
+    @_uncompiled
+    def _end_pass(self, has_ended: bool) -> None:
+        try:
+            n_mismatches = 0
+            try:
+                if has_ended:
+                    self._residents.check(addresses=False)
+                    n_mismatches = self._pipeline.end_pass()
+            finally:
+                self._in_pass = False
+                self._pipeline.leave_pass()
+            if has_ended:
+                self._learn(n_mismatches)
+        finally:
+            self._pass_lock.release()
+
+    @_uncompiled
+    def _without_gradients(self, result: Any, args: Any, kwargs: Any) -> Any:
+        if gradients.asked_for((args, kwargs), besides=Placeholder):
+            return gradients.refused(result, "a pass")
+        return result
+
+    def _learn(self, n_mismatches: int) -> None:
+        """Plans with what a pass has done, where that is called for."""
         if self._recording:
-            self._recorded = self._pipeline.uses(), looks
+            self._recorded = self._pipeline.uses(), self._looks
         else:
             self._n_passes += 1
-            self._planner.ended(n_mismatches, looks)
+            self._planner.ended(n_mismatches, self._looks)
             self._rehook()
-        return result
+
+    def _check_unwritten(self) -> None:
+        """Raises WeightWriteError where weights that stay were written to, or would be in a pass."""
+        self._residents.check()
+        check_eval(self._norms, self._residents.find)
+
+
+def _read_whole(reader: Reader, infos: list[TensorInfo], device: Device, index: int) -> torch.Tensor:
+    """Returns a weight in memory of its own."""
+    info = infos[index]
+    return reader.read_tensor(info.name).to(device=device.torch_device, dtype=info.dtype)
 
 
 def _forked() -> None:

@@ -33,7 +33,7 @@ def lazy_view(
     if _has_tensor((*args, *kwargs.values())):
         return NotImplemented
     if func in CONVERSIONS:
-        return self if _converts_nothing(self, func, args, kwargs) else NotImplemented
+        return self if converts_nothing(self, func, args, kwargs) else NotImplemented
     with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.no_grad():
         base = torch.empty(stored_shape, dtype=self.dtype, device="meta")
         twin = base.as_strided(self.size(), self.stride(), self.storage_offset())
@@ -63,7 +63,7 @@ def _plain_index(index: Any) -> Any:
     if isinstance(index, tuple):
         return tuple(_plain_index(item) for item in index)
     if type(index) is torch.Tensor and index.dim() == 0 and index.dtype in INTEGERS and not index.is_meta:
-        return int(index)
+        return index if torch._C._functorch.is_functorch_wrapped_tensor(index) else int(index)
     return index
 
 
@@ -76,22 +76,43 @@ def _has_tensor(values: Iterable[Any]) -> bool:
     return False
 
 
-def _converts_nothing(
+def asked_for(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[torch.device | None, torch.dtype | None, torch.memory_format | None] | None:
+    """Returns what `w.to(...)` and its like ask for, `func` called with `w` and these; None where that is not known.
+
+    Args:
+        func: One of `CONVERSIONS`.
+        args: Its other arguments.
+        kwargs: Likewise.
+    """
+    if func in CASTS:
+        return None if args or kwargs else (None, CASTS[func], None)
+    if func is torch.Tensor.cpu:
+        return torch.device("cpu"), None, None
+    if func is torch.Tensor.cuda:
+        device = args[0] if args else kwargs.get("device")
+        return torch.device("cuda" if device is None else device), None, None
+    if func is torch.Tensor.type:
+        is_dtype = len(args) == 1 and isinstance(args[0], torch.dtype)
+        return (None, args[0], None) if is_dtype else None
+    if kwargs.get("copy"):
+        return None
+    try:
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    except (TypeError, RuntimeError):
+        return None
+    return device, dtype, None if memory_format is torch.preserve_format else memory_format
+
+
+def converts_nothing(
     self: torch.Tensor, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bool:
     """Says whether `w.to(...)` and its like ask for the dtype and device that `w` has."""
+    asked = asked_for(func, args, kwargs)
+    if asked is None:
+        return False
+    device, dtype, memory_format = asked
     with torch._C.DisableTorchFunctionSubclass():
-        if func in CASTS:
-            return self.dtype == CASTS[func] and not args and not kwargs
-        if func is torch.Tensor.cpu:
-            return self.device.type == "cpu"
-        if func is torch.Tensor.type:
-            return len(args) == 1 and bool(args[0] == self.dtype)
-        if kwargs.get("copy"):
-            return False
-        try:
-            device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-        except (TypeError, RuntimeError):
-            return False
         same_device = device is None or (device.type == self.device.type and device.index in (None, self.device.index))
-        return same_device and dtype in (None, self.dtype) and memory_format in (None, torch.preserve_format)
+        return same_device and dtype in (None, self.dtype) and memory_format is None
