@@ -20,7 +20,7 @@ from litrt.budget import as_segments, part_bytes, requested_bytes, settle, settl
 from litrt.device import Device
 from litrt.devices import open_device
 from litrt.errors import ClosedError, LitrtError
-from litrt.frames import wrap_fused
+from litrt.frames import refuse_copy, wrap_fused
 from litrt.link import HostTier, Link
 from litrt.loader import StoreLoader
 from litrt.measured import N_PASSES, better_plan, measured_again, typical
@@ -363,9 +363,11 @@ class Runtime:
 
         own = vars(module).get("forward")
         vars(module)["forward"] = one_pass
+        vars(module)["__deepcopy__"] = refuse_copy
 
         def unhook() -> None:
             vars(module).pop("forward", None)
+            vars(module).pop("__deepcopy__", None)
             if own is not None:
                 vars(module)["forward"] = own
             unwrap_fused()
