@@ -29,7 +29,7 @@ from litrt.placeholder import Placeholder
 from litrt.plan import Plan, Policy, make_plan, replan
 from litrt.reader import Reader
 from litrt.residents import Residents
-from litrt.skeleton import build, furnish, match, slots, tables
+from litrt.skeleton import build, check_kinds, furnish, match, slots, tables
 from litrt.stats import Stats
 from litrt.store import Store, TensorInfo, open_store
 from litrt.tables import with_room
@@ -113,6 +113,7 @@ class Runtime:
 
         self.module, deferral = build(model_ctor)
         found = slots(self.module)
+        check_kinds(self.module, found, self._device, dtype)
         match(self.module, found, opened)
         stored = [opened[name] for name in dict.fromkeys(slot.stored for slot in found)]
         infos = stored if dtype is None else [info.cast(floating_dtype(dtype, "serve weights in")) for info in stored]

@@ -33,6 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "measured",
     ),
     "edges": (
+        "wrappers",
         "blocks",
         "crc",
         "arrays",
