@@ -1,4 +1,8 @@
-"""Weights that stay are plain tensors, so that using them costs nothing."""
+"""Weights that stay are plain tensors, so that using them costs nothing.
+
+Note on writes. Nothing sees a write to a plain tensor, such as the merge of an adapter. On the host a weight that stays
+has a checksum, and one that was written to is not given back: it keeps its values, as it would in the plain model.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from litrt.crc import extend_crc
 from litrt.errors import LitrtError
 from litrt.pipeline import Pipeline
 from litrt.placeholder import Placeholder
@@ -21,12 +26,15 @@ class Residents:
     Args:
         placeholders: The placeholder objects of every segment.
         pipeline: Has the segments.
+        is_host: The host can read the weights.
     """
 
-    def __init__(self, placeholders: dict[int, list[Placeholder]], pipeline: Pipeline) -> None:
+    def __init__(self, placeholders: dict[int, list[Placeholder]], pipeline: Pipeline, *, is_host: bool) -> None:
         self._objects: dict[int, list[torch.Tensor]] = {index: [*spots] for index, spots in placeholders.items()}
         self._pipeline = pipeline
+        self._is_host = is_host
         self._parked: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._settled: dict[int, int] = {}  # checksums, as they settled
         self.all_plain = True
 
     def settle(self, indices: Iterable[int]) -> None:
@@ -54,9 +62,18 @@ class Residents:
             else:
                 self.all_plain = False
         self._parked[index] = parked
+        if parked and self._is_host:
+            self._settled[index] = _fingerprint(parked[0][0])
 
-    def evict(self, index: int) -> bool:
+    def _was_written(self, index: int) -> bool:
+        """Says whether a weight that stays has other values than it had, or others in its place (`w.data = ...`)."""
+        settled = self._settled.get(index)
+        return settled is not None and any(_fingerprint(spot) != settled for spot, _ in self._parked.get(index, ()))
+
+    def evict(self, index: int, *, keep_written: bool = True) -> bool:
         """Puts the placeholders of a segment back; says whether all could be, so that nothing holds its bytes."""
+        if keep_written and self._was_written(index):
+            return False
         left = [
             (spot, placeholder) for spot, placeholder in self._parked.get(index, ()) if not _swap(spot, placeholder)
         ]
@@ -64,12 +81,13 @@ class Residents:
             self._parked[index] = left
             return False
         self._parked.pop(index, None)
+        self._settled.pop(index, None)
         return True
 
-    def evict_all(self) -> None:
+    def evict_all(self, *, keep_written: bool = True) -> None:
         """Puts all placeholders back where that is possible; other tensors keep their bytes alive by themselves."""
         for index in list(self._parked):
-            self.evict(index)
+            self.evict(index, keep_written=keep_written)
         self.all_plain = True
 
     def detach(self, read: Callable[[int], torch.Tensor]) -> None:
@@ -79,6 +97,7 @@ class Residents:
             LitrtError: If torch refuses to swap one of them.
         """
         self._parked.clear()
+        self._settled.clear()
         views: dict[int, list[Placeholder]] = {}
         for thing in gc.get_objects():
             if issubclass(type(thing), Placeholder) and thing._litrt_source is self._pipeline:
@@ -97,6 +116,14 @@ class Residents:
                         f"cannot detach {self._pipeline.cache.entries[index].segment.name!r}: somebody holds a weak "
                         "reference to it, or computes with it."
                     )
+
+
+def _fingerprint(spot: torch.Tensor) -> int:
+    """Returns the checksum of the memory of a plain tensor; -1 for one that was moved to a device."""
+    if spot.device.type != "cpu":
+        return -1
+    memory = torch.empty(0, dtype=torch.uint8).set_(spot.untyped_storage())
+    return extend_crc(0, memory.numpy())
 
 
 def _swap(spot: torch.Tensor, other: torch.Tensor) -> bool:

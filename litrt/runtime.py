@@ -192,7 +192,7 @@ class Runtime:
         try:
             by_name = {info.name: info for info in infos}
             placeholders = furnish(self.module, found, deferral, by_name, self._pipeline, indices, self._device)
-            self._residents = Residents(placeholders, self._pipeline)
+            self._residents = Residents(placeholders, self._pipeline, is_host=self._device.is_host)
             self._pipeline.cache.evict_resident = self._residents.evict
             self._hook()
         except BaseException:
@@ -334,7 +334,7 @@ class Runtime:
         """Gives back all memory and ends the threads. The module's weights cannot be used any more."""
         with self._pass_lock:
             if self._stop.alive:
-                self._residents.evict_all()
+                self._residents.evict_all(keep_written=False)
                 if self._unhook is not None:
                     self._unhook()
                 self._stop()

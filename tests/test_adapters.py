@@ -179,3 +179,25 @@ def test_an_adapter_is_not_merged_into_weights_that_stream(merge: str, safe: boo
         with pytest.raises(litrt.WeightWriteError, match=r"cannot write to 'model\.layers\.0\..*read-only"):
             getattr(model, merge)(safe_merge=safe)
         assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("budget", ["90%", "100%"])
+def test_what_was_merged_into_weights_that_stay_stays(budget: str, case: Case, path: Path) -> None:
+    inputs = case.inputs()
+    plain = adapted(case.build(), lora())
+    expected = logits(plain, inputs)
+    with litrt.Runtime(case.build, path, budget=budget) as rt:
+        rt.warmup(**inputs)
+        model = adapted(rt.module, lora())
+        if budget == "100%":
+            model.merge_adapter()
+            plain.merge_adapter()
+            expected = logits(plain, inputs)
+        else:
+            with pytest.raises(litrt.WeightWriteError):
+                model.merge_adapter()
+        for _ in range(3):
+            result = logits(model, inputs)
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+            assert budget != "100%" or torch.equal(result, expected)
+            rt.warmup(**inputs)
