@@ -355,7 +355,6 @@ def _replace(value: Any, reals: Borrowed) -> Any:
 
 
 def refuse_write(placeholder: Stored, func_name: str) -> NoReturn:
-    placeholder._litrt_source.refused()
     raise WeightWriteError(
         f"cannot write to {placeholder._litrt_name!r} ({func_name}): litrt serves weights read-only. Change the "
         "checkpoint and convert it again, or use a copy: w = w.clone().",

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from litrt.errors import CorruptWeightError, StoreError
+from litrt.wrappers import is_wrapper, parts
 
 SourceLike = Mapping[str, torch.Tensor] | str | os.PathLike[str]
 
@@ -200,8 +201,28 @@ def _open_mapping(source: Mapping[str, torch.Tensor]) -> Source:
     # have had one after the other means nothing.
     if not isinstance(source, dict) or type(source).__getitem__ is not dict.__getitem__:
         return Source(names, fetch)
-    tensors = {name: check_tensor(name, source[name]) for name in names}
-    return Source(names, fetch, _find_ties(tensors), _sizes(tensors))
+    tensors = _checked_tensors(source)
+    return Source(tuple(tensors), tensors.__getitem__, _find_ties(tensors), _sizes(tensors))
+
+
+def _checked_tensors(source: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns all tensors of `source`, of wrappers what they consist of."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in source.items():
+        for part, tensor in _parts(name, value):
+            if part in tensors or (part != name and part in source):
+                raise TypeError(f"there are two tensors {part!r}, one of them a part of {name!r}: rename the other.")
+            tensors[part] = check_tensor(part, tensor)
+    return tensors
+
+
+def _parts(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor) and is_wrapper(value) and value.layout == torch.strided:
+        if hasattr(value, "full_tensor"):
+            raise TypeError(f"{name!r} is a {type(value).__name__}, shared out over processes: pass its full_tensor().")
+        yield from parts(name, value)
+    else:
+        yield name, value  # type: ignore[misc]
 
 
 def _checked_names(source: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
@@ -220,6 +241,11 @@ def check_tensor(name: str, value: object) -> torch.Tensor:
     if value.layout != torch.strided or value.is_quantized:
         kind = "quantised" if value.is_quantized else dtype_layout(value)
         raise TypeError(f"{name!r} is {kind}, which cannot be stored: convert it to a dense tensor first.")
+    if is_wrapper(value):
+        raise TypeError(
+            f"{name!r} is a {type(value).__name__}, which consists of other tensors: pass a dict, such as "
+            "module.state_dict(), whose tensors are looked into before the first is stored."
+        )
     return value.detach()
 
 
@@ -267,7 +293,7 @@ def _open_torch(path: Path) -> Source:
             "than tensors has to be loaded with torch.load and passed as a state_dict."
         ) from error
     tensors = _unwrap(path, loaded)
-    values = {name: check_tensor(name, value) for name, value in tensors.items()}
+    values = _checked_tensors(tensors)
 
     mapped = _mapped_ranges(path)
 

@@ -15,11 +15,12 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from litrt.borrow import Borrowed, no_autocast_cache
+from litrt.errors import LitrtError
 from litrt.placeholder import Placeholder, Unseen
 
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -45,6 +46,7 @@ def wrap_fused(module: nn.Module) -> Callable[[], None]:
     def unwrap() -> None:
         for child in wrapped:
             vars(child).pop("forward", None)
+            vars(child).pop("__deepcopy__", None)
 
     return unwrap
 
@@ -58,6 +60,15 @@ def _wrap(module: nn.Module, lock: threading.RLock, around: Callable[[], Abstrac
             return forward(*args, **kwargs)
 
     vars(module)["forward"] = wrapped
+    vars(module)["__deepcopy__"] = refuse_copy
+
+
+def refuse_copy(memo: Any) -> NoReturn:
+    """Stands in for the `__deepcopy__` of a module with a wrapped `forward`: the copy's would run the original."""
+    raise LitrtError(
+        "cannot copy a module that litrt runs: make another litrt.Runtime on the store, or a plain module with "
+        "rt.detach(). Parts of it that have no fused kernel can be copied."
+    )
 
 
 def _spots(module: nn.Module) -> list[_Spot]:

@@ -85,6 +85,9 @@ METADATA = _methods(
 )
 """What a placeholder answers without its bytes."""
 
+ADDRESSES = _methods(*"data_ptr untyped_storage storage _typed_storage __cuda_array_interface__".split())
+"""What tells where a tensor is in memory. What is there is not known to be used, and may be gone the moment after."""
+
 VIEWS = _methods(
     *"""
     t transpose permute view view_as reshape reshape_as unsqueeze squeeze narrow select expand expand_as broadcast_to

@@ -27,7 +27,7 @@ from litrt.arena import Arena
 from litrt.bindings import Binding, Counters, Timings
 from litrt.budget import Budget
 from litrt.cache import Cache, Crowded, Entry, State
-from litrt.device import Device
+from litrt.device import Device, Memory
 from litrt.errors import ClosedError, TraceMismatchError
 from litrt.follower import Follower
 from litrt.gather import Rows
@@ -93,7 +93,6 @@ class Pipeline:
         tables: Set[int] = frozenset(),
     ) -> None:
         self.counters = Counters()
-        self.n_refused = 0  # writes
         lock = threading.RLock()
         self._lock: threading.RLock | _Forked = lock
         self._ready = threading.Condition(lock)
@@ -279,10 +278,6 @@ class Pipeline:
                 self._queue_reads(entry, _URGENT)
             while any(entry.state is State.READING for entry in binding.entries):
                 self._wait()
-
-    def refused(self) -> None:
-        """Counts a write that was refused."""
-        self.n_refused += 1
 
     def _step_of(self, indices: tuple[int, ...]) -> int | None:
         """Returns the step of the plan that a use of `indices` is, and moves the plan on to it."""
@@ -573,6 +568,12 @@ class Pipeline:
         with self._lock:
             entry = self._entries[index]
             return self.cache.another_tensor(entry) if entry.resident else None
+
+    def memory(self, index: int) -> Memory | None:
+        """Returns the bytes of a segment where they are; None if they are not."""
+        with self._lock:
+            block = self._entries[index].block
+            return self.cache.arena.memory(block) if block is not None else None
 
     def measured(self) -> tuple[float, float]:
         """Returns the bytes per second that the store has delivered on demand, and the seconds of a small read."""

@@ -11,6 +11,7 @@ reference to it, also one taken in a constructor, becomes a plain tensor.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NoReturn, Self
@@ -23,6 +24,7 @@ from litrt.device import contiguous_strides
 from litrt.errors import LitrtError
 from litrt.gradients import asked_for, is_transformed, refused
 from litrt.operators import (
+    ADDRESSES,
     DATA_SET,
     DISPATCH_VIEWS,
     GRAD_SETTERS,
@@ -35,6 +37,8 @@ from litrt.operators import (
 from litrt.rowops import grouped, may_take_rows, table_of
 from litrt.rows import Source, gather, multiply_groups
 from litrt.views import lazy_view
+
+_SET = torch.ops.aten.set_.source_Tensor
 
 
 class Placeholder(Stored):
@@ -118,6 +122,8 @@ class Placeholder(Stored):
             views = _view(func, args, kwargs)
             if views is not NotImplemented:
                 return views
+        if func is _SET and args[0] is args[1]:
+            return args[0]  # torch's parametrizations do that, where they change nothing
         rows = _part_of(func, args, kwargs)
         if rows is not NotImplemented:
             return rows
@@ -153,10 +159,17 @@ class Placeholder(Stored):
             shape, dtype, device = tuple(self.shape), self.dtype, self.device
         return f"Placeholder({self._litrt_name!r}, shape={shape}, dtype={dtype}, device='{device}', loaded on use)"
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise LitrtError(
-            f"cannot copy {self._litrt_name!r}: litrt serves it from a store. Make another litrt.Runtime on the store."
-        )
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Returns a plain tensor with the values, in memory of its own, beside the budget."""
+        if id(self) not in memo:
+            copied = self.detach().clone()
+            if hasattr(self, "_is_param"):
+                copied = torch.nn.Parameter(copied, requires_grad=self._litrt_requires_grad)
+            for name, value in vars(self).items():
+                if not name.startswith("_litrt_") and name != "_is_param":
+                    setattr(copied, name, copy.deepcopy(value, memo))
+            memo[id(self)] = copied
+        return memo[id(self)]  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise LitrtError(
@@ -181,6 +194,11 @@ def _intercept(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
             return views
     if func == DATA_SET and _is_same(*args):
         return None
+    if func in ADDRESSES and isinstance(args[0], Placeholder):
+        raise LitrtError(
+            f"cannot give the memory of {args[0]._litrt_name!r}: litrt moves and overwrites it. Use a copy, w.clone(); "
+            "to save weights, rt.state_dict()."
+        )
     if func in GRAD_SETTERS and isinstance(args[0], Placeholder):
         return _set_requires_grad(args[0], *args[1:], **kwargs)
     rows = _part_of(func, args, kwargs)
@@ -197,6 +215,7 @@ def _only_computes(func: Callable[..., Any]) -> bool:
         func in METADATA
         or func in VIEWS
         or func in GRAD_SETTERS
+        or func in ADDRESSES
         or func is torch.Tensor.__format__
         or may_take_rows(func)
         or isinstance(func, torch._ops.OpOverload)

@@ -2,9 +2,9 @@
 
 Note on writes. Nothing stands between a plain tensor and code that writes to it. torch counts the writes to a tensor;
 `check` looks whether it has counted any, between passes, before a tensor gives its place up, and at the end. What was
-written is read from the store again before anything else uses it. Not counted are writes to `weight.data` and writes in
-inference mode; but where any write was found, or one to a weight that streams was refused, all that stay are read
-again.
+written is read from the store again before anything else uses it, and so is all else that stays. Not counted are writes
+to `weight.data`, by which adapters are merged, and writes in inference mode. On the host a checksum tells of these when
+a tensor is to give its place up: then it does not, and keeps its values, as it would in the plain model.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from litrt.crc import extend_crc
 from litrt.errors import LitrtError, WeightWriteError
 from litrt.pipeline import Pipeline
 from litrt.placeholder import Placeholder
@@ -56,19 +57,26 @@ class Residents:
         placeholders: The placeholder objects of every segment.
         pipeline: Has the segments.
         read: Reads a segment from the store, into memory of its own.
+        is_host: The host can read what stays.
     """
 
     def __init__(
-        self, placeholders: dict[int, list[Placeholder]], pipeline: Pipeline, read: Callable[[int], torch.Tensor]
+        self,
+        placeholders: dict[int, list[Placeholder]],
+        pipeline: Pipeline,
+        read: Callable[[int], torch.Tensor],
+        *,
+        is_host: bool,
     ) -> None:
         self._objects: dict[int, list[torch.Tensor]] = {index: [*spots] for index, spots in placeholders.items()}
         self._pipeline = pipeline
         self._read = read
+        self._is_host = is_host
         self._parked: dict[int, list[_Plain]] = {}
+        self._checksums: dict[int, int | None] = {}  # of what is parked
         self._by_object: dict[int, _Plain] = {}
         self._watched: tuple[list[torch.Tensor], list[int], list[int]] = [], [], []
         self._lost: list[int] = []  # written to, and evicted since
-        self._n_refused = 0  # refused writes that `check` knows of
         self.all_plain = True
 
     def settle(self, indices: Iterable[int]) -> None:
@@ -97,6 +105,8 @@ class Residents:
             else:
                 self.all_plain = False
         self._parked[index] = parked
+        if parked and self._is_host:
+            self._checksums[index] = self._checksum(index)
 
     def find(self, tensor: torch.Tensor) -> Placeholder | None:
         """Returns the placeholder that a tensor is, or is in the place of; None for one that is not served."""
@@ -118,23 +128,39 @@ class Residents:
             self._watch()
         return not left
 
-    def _evict(self, index: int) -> list[_Plain]:
+    def _evict(self, index: int, *, look: bool = True) -> list[_Plain]:
         """Returns what could not be put back."""
         parked = self._parked.get(index, [])
-        if any(plain.is_written for plain in parked):
+        if look and any(plain.is_written for plain in parked):
             self._lost.append(index)
             self._restore(index)  # an alias may hold the bytes, and revive them
+        elif look and self._has_changed(index):
+            return parked
         left = [plain for plain in parked if not _put_back(plain)]
         if left:
             self._parked[index] = left
         else:
             self._parked.pop(index, None)
+            self._checksums.pop(index, None)
         return left
 
-    def evict_all(self) -> None:
-        """Puts all placeholders back where that is possible; other tensors keep their bytes alive by themselves."""
+    def _has_changed(self, index: int) -> bool:
+        """Says whether a weight that stays, whose bytes are where they were, has other values than it had."""
+        return index in self._checksums and self._checksums[index] != self._checksum(index)
+
+    def _checksum(self, index: int) -> int | None:
+        """Returns that of a segment in memory of the host; None where it is not there any more."""
+        memory = self._pipeline.memory(index)
+        return extend_crc(0, memory) if memory is not None else None
+
+    def evict_all(self, *, look: bool = True) -> None:
+        """Puts all placeholders back where that is possible; other tensors keep their bytes alive by themselves.
+
+        Args:
+            look: For writes to them.
+        """
         for index in list(self._parked):
-            self._evict(index)
+            self._evict(index, look=look)
         self._watch()
         self.all_plain = True
 
@@ -152,21 +178,18 @@ class Residents:
             WeightWriteError: Where there were any, once all that stay have their true values again.
             CorruptWeightError: Where these cannot be read: then, as long as they cannot.
         """
-        if not (self._lost or self._n_refused != self._pipeline.n_refused) and self._is_untouched(addresses):
+        if not self._lost and self._is_untouched(addresses):
             return
         with self._pipeline.alone():
-            n_refused = self._pipeline.n_refused
             written = [index for index, parked in self._parked.items() if any(plain.is_written for plain in parked)]
             written += [index for index in self._lost if index not in written]
-            if not written and n_refused == self._n_refused:
+            if not written:
                 return  # another thread has just evicted one
             for index in self._parked:
                 self._restore(index)
             self._watch()
-            self._n_refused = n_refused
             self._lost.clear()
-        if written:
-            self._refuse(written)
+        self._refuse(written)
 
     def check_at_end(self) -> None:
         """Looks for writes, and leaves what was written.
@@ -232,6 +255,7 @@ class Residents:
             LitrtError: If torch refuses to swap one of them.
         """
         self._parked.clear()
+        self._checksums.clear()
         self._watch()
         views: dict[int, list[Placeholder]] = {}
         for thing in gc.get_objects():

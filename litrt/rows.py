@@ -36,10 +36,6 @@ class Source(Protocol):
         """Reads the values of tensors that were written to again."""
         ...
 
-    def refused(self) -> None:
-        """Counts a write that was refused."""
-        ...
-
 
 Table = Any
 """A placeholder, which is defined above this module."""

@@ -24,7 +24,7 @@ from litrt.compiled import uncompiled
 from litrt.device import Device
 from litrt.devices import open_device
 from litrt.errors import ClosedError, LitrtError, WeightWriteError
-from litrt.frames import wrap_fused
+from litrt.frames import refuse_copy, wrap_fused
 from litrt.guards import check_eval, guard, norms
 from litrt.link import HostTier, Link
 from litrt.loader import StoreLoader
@@ -37,7 +37,7 @@ from litrt.planner import Planner
 from litrt.reader import Reader
 from litrt.residents import Residents
 from litrt.shared import Need, SharedBudget
-from litrt.skeleton import build, furnish, match, slots, tables
+from litrt.skeleton import build, check_kinds, furnish, match, slots, tables
 from litrt.stats import Stats
 from litrt.store import Store, TensorInfo, open_store
 from litrt.trace import Trace, Use
@@ -120,6 +120,7 @@ class Runtime:
 
         self.module, deferral = build(model_ctor)
         found = slots(self.module)
+        check_kinds(self.module, found, self._device, dtype)
         match(self.module, found, opened)
         stored = [opened[name] for name in dict.fromkeys(slot.stored for slot in found)]
         infos = stored if dtype is None else [info.cast(floating_dtype(dtype, "serve weights in")) for info in stored]
@@ -154,7 +155,7 @@ class Runtime:
             by_name = {info.name: info for info in infos}
             placeholders = furnish(self.module, found, deferral, by_name, self._pipeline, indices, self._device)
             self._read_whole = functools.partial(_read_whole, reader, infos, self._device)
-            self._residents = Residents(placeholders, self._pipeline, self._read_whole)
+            self._residents = Residents(placeholders, self._pipeline, self._read_whole, is_host=self._device.is_host)
             self._pipeline.cache.evict_resident = self._residents.evict
             self._unguard = guard(self.module, self._residents.find)
             self._norms = norms(self.module)
@@ -463,7 +464,7 @@ class Runtime:
             try:
                 self._residents.check_at_end()
             finally:
-                self._residents.evict_all()
+                self._residents.evict_all(look=False)
                 self._unguard()
                 if self._unhook is not None:
                     self._unhook()
@@ -503,9 +504,11 @@ class Runtime:
 
         own = vars(module).get("forward")
         vars(module)["forward"] = one_pass
+        vars(module)["__deepcopy__"] = refuse_copy
 
         def unhook() -> None:
             vars(module).pop("forward", None)
+            vars(module).pop("__deepcopy__", None)
             if own is not None:
                 vars(module)["forward"] = own
             unwrap_fused()

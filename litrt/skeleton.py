@@ -17,6 +17,7 @@ from litrt.errors import LitrtError, SkeletonError
 from litrt.placeholder import Placeholder
 from litrt.rows import Source
 from litrt.store import Store, TensorInfo
+from litrt.wrappers import is_wrapper, parts
 
 _MAX_NAMES = 10
 """Names that a message lists of each kind; the error's attributes have them all."""
@@ -87,10 +88,32 @@ def _stateful(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
         dot = f"{prefix}." if prefix else ""
         for name, tensor in child._parameters.items():
             if tensor is not None:
-                yield dot + name, tensor, True
+                yield from ((part, inner, inner is tensor) for part, inner in parts(dot + name, tensor))
         for name, tensor in child._buffers.items():
             if tensor is not None and name not in child._non_persistent_buffers_set:
-                yield dot + name, tensor, False
+                yield from ((part, inner, False) for part, inner in parts(dot + name, tensor))
+
+
+def check_kinds(module: nn.Module, found: list[Slot], device: Device, dtype: object) -> None:
+    """Refuses tensors with operators of their own, but for those that consist of plain ones, on the CPU and as stored.
+
+    Raises:
+        LitrtError: That names the first.
+    """
+    for slot in found:
+        kind = type(slot.tensor)
+        if kind not in (Deferred, torch.Tensor, nn.Parameter):
+            raise LitrtError(
+                f"cannot serve {slot.names[0]!r}: it is a {kind.__name__}, a kind of tensor with operators of its own. "
+                "Make it after litrt.Runtime, from the weight in rt.module."
+            )
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_wrapper(tensor) and (device.torch_device.type != "cpu" or dtype is not None):
+            raise LitrtError(
+                f"cannot serve {name!r} {'in another dtype' if dtype is not None else f'on {device.torch_device}'}: "
+                f"it is a {type(tensor).__name__}, which consists of other tensors. Those are served as they are "
+                "stored, on the CPU."
+            )
 
 
 def tables(module: nn.Module, found: list[Slot]) -> list[str]:

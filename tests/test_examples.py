@@ -58,3 +58,19 @@ def test_sentence_embeddings_know_which_sentences_belong_together(example):
     vectors = example("sentence_embeddings").main([])
     similarity = vectors @ vectors.T
     assert similarity[0, 1] > similarity[0, 2] + 0.2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_diffusion_pipeline_paints_what_it_paints_without_litrt(example, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    module = example("diffusers_pipeline")
+    random = module.main(["--budget", "min", "--steps", "2"])
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel.from_config({**module.SMALL, **module.SMALL_BLOCKS})
+    pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+    pipe.save_pretrained(tmp_path / "ddpm")
+    saved = module.main(["--checkpoint", str(tmp_path / "ddpm"), "--steps", "2", "--out", str(tmp_path / "image.png")])
+    painted = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert torch.equal(random, torch.from_numpy(painted))
+    assert torch.equal(saved, random)
+    assert (tmp_path / "image.png").stat().st_size > 0

@@ -34,6 +34,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "paths",
     ),
     "edges": (
+        "wrappers",
         "blocks",
         "crc",
         "arrays",

@@ -6,6 +6,7 @@ import copy
 import ctypes
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -234,18 +235,69 @@ def test_a_kernel_that_updates_statistics_is_refused(rt: litrt.Runtime) -> None:
         rt(torch.randn(4, WIDTH))
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, copy.copy, pickle.dumps], ids=lambda copier: copier.__name__)
+@pytest.mark.parametrize("copier", [copy.copy, pickle.dumps], ids=lambda copier: copier.__name__)
 def test_a_placeholder_is_neither_copied_nor_pickled(
     copier: Callable[[Any], Any], rt: litrt.Runtime, w: torch.Tensor
 ) -> None:
-    with pytest.raises(litrt.LitrtError, match=r"cannot (copy|pickle) 'a\.weight'"):
+    with pytest.raises(litrt.LitrtError, match=r"cannot pickle 'a\.weight'"):
         copier(w)
     assert rt.stats().read_bytes == 0
 
 
-def test_a_module_is_not_copied(rt: litrt.Runtime) -> None:
-    with pytest.raises(litrt.LitrtError, match=r"cannot copy 'a\.weight'.*another litrt\.Runtime"):
-        copy.deepcopy(rt.module.a)
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda w: w.data_ptr(),
+        lambda w: w[3].data_ptr(),
+        lambda w: w.untyped_storage(),
+        lambda w: w.storage(),
+        lambda w: w.__cuda_array_interface__,
+    ],
+)
+def test_the_memory_of_a_placeholder_is_not_given_away(
+    ask: Callable[[torch.Tensor], Any], rt: litrt.Runtime, w: torch.Tensor
+) -> None:
+    with pytest.raises(litrt.LitrtError, match=r"cannot give the memory of 'a\.weight'.*w\.clone\(\).*state_dict"):
+        ask(w)
+    assert rt.stats().read_bytes == 0
+
+
+def test_weights_are_not_saved_from_where_they_were_a_moment_ago(rt: litrt.Runtime, tmp_path: Path) -> None:
+    save = pytest.importorskip("safetensors.torch")
+    for write in (save.save_file, lambda state, path: save.save_model(rt.module, path)):
+        with pytest.raises(litrt.LitrtError, match=r"cannot give the memory of .*rt\.state_dict\(\)"):
+            write(rt.module.state_dict(), tmp_path / "model.safetensors")
+    state = dict(rt.state_dict())
+    save.save_file(state, tmp_path / "model.safetensors")
+    loaded = save.load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+def test_a_copy_of_a_part_is_plain_and_the_users_own(rt: litrt.Runtime) -> None:
+    rt.module.a.weight.note = ["kept"]
+    copied, (tied, other) = copy.deepcopy(rt.module.a), copy.deepcopy([rt.module.a.weight, rt.module.a.weight])
+    assert tied is other
+    assert type(copied.weight) is nn.Parameter
+    assert copied.weight.requires_grad == rt.module.a.weight.requires_grad
+    assert copied.weight.note == ["kept"]
+    assert copied.weight.note is not rt.module.a.weight.note
+    y = torch.randn(3, WIDTH)
+    assert torch.equal(copied(y), rt.module.a(y))
+    with torch.no_grad():
+        copied.weight.zero_()
+    assert rt.module.a.weight.any(), "the copy shares no memory with the weight"
+
+
+def test_a_module_whose_forward_is_wrapped_is_not_copied(rt: litrt.Runtime) -> None:
+    with pytest.raises(litrt.LitrtError, match=r"cannot copy a module that litrt runs.*another litrt\.Runtime"):
+        copy.deepcopy(rt.module)
+
+
+def test_to_set_a_weight_to_itself_is_no_write(rt: litrt.Runtime, w: torch.Tensor) -> None:
+    with torch.no_grad():
+        assert w.set_(w) is w
+        with pytest.raises(litrt.WeightWriteError):
+            w.set_(torch.zeros(WIDTH, WIDTH))
 
 
 def test_repr_names_the_weight_and_loads_nothing(rt: litrt.Runtime, w: torch.Tensor) -> None:

@@ -146,3 +146,29 @@ def test_a_module_that_cannot_be_read_whole_is_not_detached(path: Path, plain: n
         file.write_bytes(whole)
         assert torch.equal(output(rt.module), output(plain))
         assert torch.equal(output(rt.detach()), output(plain))
+
+
+def test_a_write_to_the_data_of_a_weight_that_stays_lasts(path: Path, plain: nn.Module) -> None:
+    """As when an adapter is merged: nothing can notice it, so that it must not be undone by the next plan either."""
+    with litrt.Runtime(Net, path, budget="100%") as rt:
+        rt.warmup(IDS)
+        for module in (rt.module, plain):
+            module.layers[1].weight.data.add_(1)
+        expected = output(plain)
+        assert torch.equal(output(rt.module), expected)
+        for _ in range(2):
+            rt.warmup(IDS)
+            assert torch.equal(output(rt.module), expected)
+            assert type(rt.module.layers[1].weight) is nn.Parameter
+        assert rt.stats().peak_bytes <= rt.stats().budget_bytes
+        weight = rt.module.layers[1].weight
+    with pytest.raises(litrt.ClosedError):
+        weight + 1
+
+
+def test_weights_that_were_not_written_to_are_given_back(path: Path) -> None:
+    with litrt.Runtime(Net, path, budget="100%") as rt:
+        rt.warmup(IDS)
+        assert type(rt.module.layers[1].weight) is nn.Parameter
+        rt._planner.begin()
+        assert isinstance(rt.module.layers[1].weight, Placeholder)
