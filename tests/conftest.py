@@ -103,12 +103,9 @@ def rough_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Prints the table of the corpus, if much of it was run."""
-    reports = [
-        report for kind in terminalreporter.stats.values() for report in kind if hasattr(report, "user_properties")
-    ]
-    rows = [
-        row for report in reports if report.when == "call" for key, row in report.user_properties if key == "corpus"
-    ]
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    reports = [report for report in reports if isinstance(report, pytest.TestReport) and report.when == "call"]
+    rows = [row for report in reports for key, row in report.user_properties if key == "corpus"]
     if len(rows) > 50:
         terminalreporter.section("corpus")
         for line in lines(rows):

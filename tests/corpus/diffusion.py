@@ -82,7 +82,7 @@ def case_of(name: str) -> Case:
             except Exception as error:
                 reasons.append(f"forward: {type(error).__name__}: {error}")
                 continue
-            return Case(f"diffusers: {name}", "diffusers", construct, made.__getitem__)
+            return Case(name, "diffusers", construct, made.__getitem__)
     raise NotBuilt(" ".join(max(reasons, key=reasons.count).split())[:200])
 
 

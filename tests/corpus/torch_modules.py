@@ -79,7 +79,7 @@ def case_of(name: str) -> Case:
         for shapes in _SHAPES:
             if _runs(module, shapes):
                 build = functools.partial(_Between, construct)
-                return Case(f"torch.nn.{name}", "torch.nn", build, functools.partial(_inputs, shapes))
+                return Case(name, "torch.nn", build, functools.partial(_inputs, shapes))
         reasons.append("no inputs are found with which it runs")
     raise NotBuilt(reasons[-1])
 

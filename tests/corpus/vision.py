@@ -196,4 +196,4 @@ def names() -> list[str]:
 def case_of(name: str) -> Case:
     """Returns a net as a case."""
     kind, draw = name.split()
-    return Case(f"vision net: {name}", "plain vision nets", _NETS[kind](random.Random(int(draw))), _inputs)
+    return Case(name, "plain vision nets", _NETS[kind](random.Random(int(draw))), _inputs)
