@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from corpus.report import lines
 from hypothesis import settings
 from torch import nn
 
 import litrt
+import litrt.residency
 import litrt.runtime
 from litrt.arena import POISON, Arena
 from litrt.device import Device
@@ -91,3 +93,20 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Poisons the runtimes of a test."""
     poison(monkeypatch)
+
+
+@pytest.fixture
+def rough_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes plans in a moment, for tests in which how fast they are does not matter."""
+    monkeypatch.setattr(litrt.residency, "_WORK", 4000)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the table of the corpus, if much of it was run."""
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    reports = [report for report in reports if isinstance(report, pytest.TestReport) and report.when == "call"]
+    rows = [row for report in reports for key, row in report.user_properties if key == "corpus"]
+    if len(rows) > 50:
+        terminalreporter.section("corpus")
+        for line in lines(rows):
+            terminalreporter.write_line(line)

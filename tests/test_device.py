@@ -14,10 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import CASES as ARCHITECTURES
-from architectures import outputs
 from conftest import MakeStore
-from test_equivalence import CASES, EarlyExit, RoutedExperts, assert_same, marked, perturbed, plain_model, seeded, x
+from test_equivalence import CASES, EarlyExit, RoutedExperts, assert_same, plain_model, seeded, x
 from torch import nn
 
 import litrt
@@ -148,23 +146,6 @@ def test_outputs_are_right_at_the_smallest_budget(
         device=FakeDevice(run),
         host_budget=host_budget,
     )
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("architecture", [marked(case) for case in ARCHITECTURES])
-def test_architectures(architecture: Any, make_store: MakeStore) -> None:
-    pytest.importorskip("transformers")
-    plain = architecture.build()
-    plain.load_state_dict(perturbed(plain))
-    path = make_store(plain)
-
-    def call(module: nn.Module) -> list[torch.Tensor]:
-        return outputs(module(**architecture.inputs()))
-
-    for budget in ("min", "50%"):
-        with contextlib.suppress(litrt.BudgetError):  # half of it can be too little
-            device = FakeDevice("random", seed=zlib.crc32(architecture.name.encode()))
-            check(architecture.build, plain, path, call, None, budget=budget, device=device)
 
 
 def test_a_second_stream_and_a_second_runtime_are_kept_apart_from_the_first(plain: nn.Module, path: Path) -> None:

@@ -17,10 +17,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import CASES as ARCHITECTURES
-from architectures import REPRESENTATIVE, outputs
-from architectures import Case as Architecture
 from conftest import MakeStore
+from corpus.case import outputs
+from corpus.check import perturbed
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -91,24 +90,6 @@ def seeded(construct: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
             return construct()
 
     return build
-
-
-def perturbed(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the state of `module`, no two of its floating tensors equal; what is tied stays tied."""
-    generator = torch.Generator().manual_seed(2)
-    done: dict[tuple[Any, ...], torch.Tensor] = {}
-    state = {}
-    for name, tensor in module.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
-        if key not in done:
-            values = tensor.clone()
-            if tensor.is_floating_point() or tensor.is_complex():
-                noise = 0.02 * torch.randn(tensor.shape, generator=generator)
-                exact = torch.complex128 if tensor.is_complex() else torch.float64
-                values = (values.to(exact) + noise.abs()).to(tensor.dtype)  # variances and the like stay positive
-            done[key] = values
-        state[name] = done[key]
-    return state
 
 
 def plain_model(construct: Callable[[], nn.Module]) -> nn.Module:
@@ -929,27 +910,3 @@ def test_passes_that_take_other_paths_are_right(
         stats = rt.stats()
         assert stats.peak_bytes <= stats.budget_bytes
         assert stats.n_faults == 0 if budget == "100%" else stats.n_faults > 0
-
-
-# Architectures of the transformers package.
-
-
-def marked(case: Architecture) -> Any:
-    """Returns an architecture as a parameter: all but the representative ones are run by a marker only."""
-    marks = () if case.name in REPRESENTATIVE else (pytest.mark.corpus,)
-    return pytest.param(case, marks=marks, id=case.name)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("architecture", [marked(case) for case in ARCHITECTURES])
-def test_architectures(architecture: Architecture, make_store: MakeStore) -> None:
-    pytest.importorskip("transformers")
-    plain = architecture.build()
-    plain.load_state_dict(perturbed(plain))
-    path = make_store(plain)
-
-    def call(module: nn.Module) -> list[torch.Tensor]:
-        return outputs(module(**architecture.inputs()))
-
-    for budget in ("min", "50%"):
-        check(plain, path, architecture.build, call, budget, repeats=False)

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import CASES as ARCHITECTURES
-from architectures import outputs
 from conftest import MakeStore
-from test_equivalence import CASES, EarlyExit, assert_same, perturbed, plain_model, seeded, x
+from corpus import hf
+from corpus.case import NotBuilt, outputs
+from corpus.case import seeded as repeated
+from corpus.check import perturbed
+from test_corpus import model_types
+from test_equivalence import CASES, EarlyExit, assert_same, plain_model, seeded, x
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -85,14 +88,22 @@ def test_outputs_are_those_of_the_resident_model(name: str, make_store: MakeStor
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("architecture", [pytest.param(case, id=case.name) for case in ARCHITECTURES])
-def test_architectures(architecture: Any, make_store: MakeStore) -> None:
-    pytest.importorskip("transformers")
-    plain = architecture.build()
-    plain.load_state_dict(perturbed(plain))
+@pytest.mark.parametrize("model_type", model_types())
+def test_architectures(model_type: str, make_store: MakeStore) -> None:
+    try:
+        case = hf.case_of(model_type)
+    except NotBuilt as error:
+        pytest.skip(str(error))
+    plain = case.build()
+    plain.load_state_dict(perturbed(plain), strict=False)
     path = make_store(plain)
-    inputs = on_gpu(architecture.inputs())
-    check(architecture.build, plain.cuda(), path, lambda module: outputs(module(**inputs)))
+    inputs = on_gpu(case.inputs(0))
+
+    def call(module: nn.Module) -> list[torch.Tensor]:
+        with repeated():
+            return outputs(module(**inputs))
+
+    check(case.build, plain.cuda(), path, call)
 
 
 @pytest.mark.parametrize("budget", ["25%", "75%"])
