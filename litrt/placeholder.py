@@ -197,7 +197,7 @@ def _intercept(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
     if func in ADDRESSES and isinstance(args[0], Placeholder):
         raise LitrtError(
             f"cannot give the memory of {args[0]._litrt_name!r}: litrt moves and overwrites it. Use a copy, w.clone(); "
-            "to save weights, rt.state_dict()."
+            "to save weights, rt.state_dict(); to export the model, the plain one that rt.detach() gives."
         )
     if func in GRAD_SETTERS and isinstance(args[0], Placeholder):
         return _set_requires_grad(args[0], *args[1:], **kwargs)

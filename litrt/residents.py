@@ -45,7 +45,14 @@ class _Plain:
     @property
     def is_written(self) -> bool:
         """Whether somebody has written to it, or given it other bytes."""
+        if isinstance(self.spot, Placeholder):
+            return False  # again, thanks to another thread
         return (_version(self.spot), _address(self.spot)) != (self.version, self.address)
+
+    def accept(self) -> None:
+        """Forgets what was written."""
+        if not isinstance(self.spot, Placeholder):
+            self.version, self.address = _version(self.spot), _address(self.spot)
 
 
 class Residents:
@@ -202,7 +209,7 @@ class Residents:
         self._lost = []
         for parked in self._parked.values():
             for plain in parked:
-                plain.version, plain.address = _version(plain.spot), _address(plain.spot)
+                plain.accept()
         if written:
             self._refuse(written)
 
@@ -221,7 +228,7 @@ class Residents:
             if [spot._version for spot in spots] != versions:
                 return False
             return not look_at_addresses or [*map(_address, spots)] == addresses
-        except RuntimeError:
+        except (RuntimeError, LitrtError):
             return False  # another thread has just made one a placeholder, which has no address
 
     def _watch(self) -> None:
@@ -246,7 +253,7 @@ class Residents:
                     again = self._pipeline.resident_tensor(index)
                     assert again is not None
                     plain.spot.data = again
-                plain.version, plain.address = _version(plain.spot), _address(plain.spot)
+                plain.accept()
 
     def detach(self) -> None:
         """Puts plain tensors with memory of their own in the place of all placeholders, and of views of them.

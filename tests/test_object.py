@@ -510,7 +510,6 @@ RUNS: dict[str, Callable[[nn.Module], torch.Tensor]] = {
     "jvp": lambda m: torch.stack(torch.func.jvp(m.blocks[1], (X,), (X,))),
     "jacfwd": lambda m: torch.func.jacfwd(m.blocks[1].up)(X[0]),
     "jit.trace": lambda m: torch.jit.trace(m.blocks[1], (X,), check_trace=False)(X),
-    "export": lambda m: torch.export.export(m.blocks[1], (X,), strict=False).module()(X),
 }
 
 
