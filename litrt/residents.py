@@ -10,9 +10,10 @@ a tensor is to give its place up: then it does not, and keeps its values, as it 
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -292,14 +293,61 @@ def _put_back(plain: _Plain) -> bool:
 
 
 def _swap(spot: torch.Tensor, other: torch.Tensor) -> bool:
+    """Puts what one object is in the place of the other; says whether it could, and nothing has changed otherwise.
+
+    As `torch.utils.swap_tensors` does, which leaves both objects half swapped where it fails at the end.
+    """
     for key, value in vars(spot).items():
         if not key.startswith("_litrt_") and key != "_is_param":
             vars(other)[key] = value
+    if weakref.getweakrefs(spot) or weakref.getweakrefs(other):
+        return False
     try:
         # Counting references to a parameter, torch makes a view of it and looks at its gradient function.
         with torch.inference_mode(False), torch.enable_grad():
-            torch.utils.swap_tensors(spot, other)  # type: ignore[no-untyped-call]
+            if not (_is_free(spot) and _is_free(other)):
+                return False  # an operator has it as an argument, for example
+            _exchange(spot, other)
     except (RuntimeError, AttributeError):
-        # Somebody holds it: an operator whose argument it is, for example, below which there are no gradient functions.
-        return False
+        return False  # below an operator there are no gradient functions
     return True
+
+
+def _is_free(tensor: torch.Tensor) -> bool:
+    """Says whether nothing but the object refers to a tensor: a node, at most, that would add up gradients."""
+    n_references: int = tensor._use_count()  # type: ignore[attr-defined]
+    if n_references == 2 and tensor.is_leaf:
+        node = torch.autograd.graph.get_gradient_edge(tensor).node
+        if tensor._use_count() != 2:  # type: ignore[attr-defined]
+            return False  # the node was made just now
+        node.register_prehook(_refuse_gradient)
+        return True
+    return n_references <= 1
+
+
+def _refuse_gradient(_: object) -> NoReturn:
+    raise LitrtError(
+        "cannot go backward to a weight that has made room since: litrt serves weights without gradients. Make gradients "
+        "with the plain module that rt.detach() gives."
+    )
+
+
+def _exchange(one: Any, other: Any, exchange: Callable[[Any, Any], None] = torch._C._swap_tensor_impl) -> None:
+    """Exchanges two objects, but for their references.
+
+    Without a call before the last step: where there is one, another thread can have its turn and see half of it.
+    """
+    class_of_one, class_of_other = one.__class__, other.__class__
+    of_one, of_other = one.__dict__, other.__dict__
+    one.__class__ = class_of_other
+    other.__class__ = class_of_one
+    one.__dict__ = of_other
+    other.__dict__ = of_one
+    try:
+        exchange(one, other)
+    except BaseException:
+        one.__class__ = class_of_one
+        other.__class__ = class_of_other
+        one.__dict__ = of_one
+        other.__dict__ = of_other
+        raise

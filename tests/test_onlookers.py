@@ -13,6 +13,7 @@ from torch import nn
 
 import litrt
 from litrt.onlookers import Onlookers
+from litrt.residents import _exchange
 
 WIDTH = 64
 LIMIT_S = 30
@@ -121,3 +122,27 @@ def test_threads_in_a_module_of_the_model_are_seen_and_no_others() -> None:
     began.clear()
     net(X)
     assert not began.is_set(), "this thread is no other one"
+
+
+def test_what_cannot_be_exchanged_is_not_half_exchanged(plain: nn.Module, make_store: MakeStore) -> None:
+    """As when another thread uses a weight at the very moment: torch refuses at the end, when all else is done."""
+
+    def refuse(one: object, other: object) -> None:
+        raise RuntimeError("somebody uses it")
+
+    with litrt.Runtime(Net, make_store(plain), budget="100%") as rt:
+        weight = rt.module.wide.weight
+        other = nn.Parameter(torch.ones(2))
+        before = type(weight), vars(weight).copy(), weight.shape
+        with pytest.raises(RuntimeError, match="somebody"):
+            _exchange(weight, other, refuse)
+        assert (type(weight), vars(weight), weight.shape) == before
+        assert (type(other), vars(other), other.shape) == (nn.Parameter, {}, (2,))
+        assert torch.equal(weight.clone(), plain.wide.weight)
+        _exchange(weight, other)
+        assert (type(weight), weight.shape) == (nn.Parameter, (2,))
+        assert torch.equal(other.clone(), plain.wide.weight)
+        _exchange(weight, other)
+        rt.warmup(X)
+        assert type(weight) is nn.Parameter
+        assert torch.equal(weight, plain.wide.weight)
