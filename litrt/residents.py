@@ -327,8 +327,8 @@ def _is_free(tensor: torch.Tensor) -> bool:
 
 def _refuse_gradient(_: object) -> NoReturn:
     raise LitrtError(
-        "cannot go backward to a weight that has made room since: litrt serves weights without gradients. Make gradients "
-        "with the plain module that rt.detach() gives."
+        "cannot go backward to a weight that has made room since: litrt serves weights without gradients. Make "
+        "gradients with the plain module that rt.detach() gives."
     )
 
 

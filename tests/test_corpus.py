@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.usefixtures("poisoned", "rough_plans"), pytest.mark.fi
 
 Record = Callable[[str, Any], None]
 
-SAMPLE = ("gpt2", "t5", "albert", "mixtral", "mamba", "siglip", "mllama", "encodec", "resnet", "llava")
+SAMPLE = ("gpt2", "t5", "mixtral", "mamba", "siglip", "mllama", "llava")
 
 
 def marked(names: list[str], *sample: str) -> list[Any]:
@@ -58,9 +58,8 @@ def serve(name: str, find: Callable[[str], Case], path: Path, record: Record) ->
     record("corpus", Row(case.name, "served", case.family, served.weight_bytes))
 
 
-# What they do with weights: gpt2 and t5 tie them, albert runs one layer twice, mixtral routes, mamba reads its tables
-# by hand, siglip has nn.MultiheadAttention, encodec an nn.LSTM; mllama reads weights outside of the forward of the
-# module that owns them.
+# What they do with weights: gpt2 and t5 tie them, mixtral routes, mamba reads its tables by hand, siglip has
+# nn.MultiheadAttention; mllama reads weights outside of the forward of the module that owns them.
 @pytest.mark.parametrize("model_type", marked(model_types(), *SAMPLE))
 def test_transformers(model_type: str, tmp_path: Path, record_property: Record) -> None:
     serve(model_type, hf.case_of, tmp_path / "model.zarr", record_property)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -117,6 +118,7 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     """Returns for every module of litrt those of litrt that it imports."""
     found = {}
