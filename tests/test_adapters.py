@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import CASES, Case
+from small_models import CASES, Case
 from torch import nn
 
 import litrt
@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("i
 
 BUDGETS = ("min", "50%", "100%")
 
-_BY_NAME = {case.name: case for case in CASES}
 _TARGETS = ["q_proj", "v_proj"]
 
 
@@ -32,7 +31,7 @@ def lora(**options: Any) -> Any:
 
 @pytest.fixture(scope="module", params=["llama"])
 def case(request: pytest.FixtureRequest) -> Case:
-    return _BY_NAME[request.param]
+    return CASES[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +147,7 @@ def test_kinds_of_adapters(kind: str, case: Case, path: Path) -> None:
 
 
 def test_adapters_of_experts_in_one_array(tmp_path: Path) -> None:
-    case = _BY_NAME["mixtral"]
+    case = CASES["mixtral"]
     config = lora(target_modules=[], target_parameters=["gate_up_proj"])
     inputs = case.inputs()
     expected = logits(adapted(case.build(), config), inputs)

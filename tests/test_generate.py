@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import CASES, Case, outputs
+from corpus.case import outputs
+from small_models import CASES, Case
 
 import litrt
 
@@ -20,8 +21,6 @@ pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("i
 
 BUDGETS = ("min", "50%", "100%")
 N_TOKENS = 4
-
-_BY_NAME = {case.name: case for case in CASES}
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepar
 
     def prepare(name: str) -> Prepared:
         if name not in made:
-            case = _BY_NAME[name]
+            case = CASES[name]
             plain = case.build()
             path = tmp_path_factory.mktemp("store") / "model.zarr"
             litrt.convert(plain.state_dict(), path, progress=False)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import CASES
 from conftest import MakeStore
+from small_models import CASES
 from torch import nn
 
 import litrt
@@ -21,8 +21,6 @@ pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("i
 
 BUDGETS = ("min", "50%", "100%")
 TEXTS = ["w7 w9 w20 w33", "w50 w8", "w11 w64 w90 w12 w12 w70"]
-
-_BY_NAME = {case.name: case for case in CASES}
 
 
 def tokenizer(length: int = 32) -> Any:
@@ -65,7 +63,7 @@ PIPELINES: dict[str, tuple[str, str | None, Callable[[Any], Any]]] = {
 
 
 def constructor(architecture: str, class_name: str | None) -> Callable[[], nn.Module]:
-    case = _BY_NAME[architecture]
+    case = CASES[architecture]
     if class_name is None:
         return case.build
 
@@ -95,7 +93,7 @@ def test_pipelines_of_texts(task: str, make_store: MakeStore) -> None:
 def test_a_pipeline_of_images(make_store: MakeStore) -> None:
     pillow = pytest.importorskip("PIL.Image")
     images = [pillow.linear_gradient("L").convert("RGB").rotate(angle) for angle in (0, 30, 90)]
-    construct = _BY_NAME["vit"].build
+    construct = CASES["vit"].build
 
     def run(module: Any) -> Any:
         processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
