@@ -225,7 +225,9 @@ class Planner:
                 return
             if [use.segments for use in uses] != [use.segments for use in before]:
                 return
-            path = self._paths.stray(replan(self.plan, uses, self._arena.limit_bytes))
+            made = replan(self.plan, uses, self._arena.limit_bytes)
+            # Of what was gathered, rows are to be had on this path as well.
+            path = self._paths.stray(replace(made, tables=(*dict.fromkeys((*self.plan.tables, *made.tables)),)))
         self._strayed = ()
         self._turn_to(self._paths.took(path, signature))
 

@@ -34,7 +34,7 @@ class Turns:
         self._owner: int | None = None
         self._n_wanted = 0  # pins of the owner, for what it makes room for
         self._n_waiting = 0
-        self._n_let_go = 0  # times that a thread has let go of all that it had pinned
+        self._n_let_go = 0  # operators that are done
         self._waited_for: dict[int, int] = {}  # by thread: how many of them there were when it last waited
 
     def pin(self, entries: Sequence[Entry]) -> None:
@@ -46,6 +46,10 @@ class Turns:
 
     def unpin(self, entries: Sequence[Entry]) -> None:
         """Says that the thread needs them no more."""
+        self._n_let_go += 1
+        self._unpin(entries)
+
+    def _unpin(self, entries: Sequence[Entry]) -> None:
         if not entries:
             return
         for entry in entries:
@@ -54,7 +58,6 @@ class Turns:
         self._n_pins[thread] -= len(entries)
         if not self._n_pins[thread]:
             del self._n_pins[thread]  # threads end
-            self._n_let_go += 1
         if self._n_waiting:
             self._wake()
 
@@ -116,7 +119,7 @@ class Turns:
 
     def _wait_for_turn(self, entries: Sequence[Entry], first: Callable[[], None] = lambda: None) -> None:
         thread = threading.get_ident()
-        self.unpin(entries)
+        self._unpin(entries)
         for entry in entries:
             entry.n_waiting += 1
         self._n_waiting += 1

@@ -35,6 +35,12 @@ settings.register_profile("many", deadline=None, max_examples=500)
 settings.load_profile("same")
 
 
+def pytest_collection_finish() -> None:
+    """Keeps what was imported for the tests out of what the runtime looks through for tensors, test by test."""
+    gc.collect()
+    gc.freeze()
+
+
 def read_threads() -> set[threading.Thread]:
     """Returns the threads that read weights, of all runtimes."""
     return {thread for thread in threading.enumerate() if thread.name.startswith("litrt-read")}

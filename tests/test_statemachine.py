@@ -332,13 +332,23 @@ class Machine(RuleBasedStateMachine):
     )
     def run_in_threads(self, work: list[list[Call]], changes: list[str | float]) -> None:
         expected = [[call(self.plain) for call in part] for part in work]
+
+        def result(call: Call) -> torch.Tensor | None:
+            try:
+                return call(self.rt.module)
+            except litrt.BudgetError:
+                # Each holds views that are in the way of the other: there is room, but in pieces.
+                if any(op == "held view" for op, *_ in self.plain.ops):
+                    return None
+                raise
+
         with ThreadPoolExecutor(len(work)) as pool:
-            results = [pool.submit(lambda part: [call(self.rt.module) for call in part], part) for part in work]
+            results = [pool.submit(lambda part: [result(call) for call in part], part) for part in work]
             for budget in changes:
                 self.rt.set_budget(self._bytes(budget))
             actual = [result.result() for result in results]
         for got, wanted in zip(actual, expected, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+            assert all(a is None or torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
     @rule(budget=budgets)
     def change_the_budget(self, budget: str | float) -> None:
