@@ -471,25 +471,28 @@ class Pipeline:
             self.stop()
             self._segments = settled.segments
             self.forget_residents()
-            is_watched = True
+            is_last = False
             while not self._fit(limit_bytes, stays):
-                if not is_watched:
+                if self._is_in_use():
+                    self._turns.wait_for_others(timeout_s=_LOOK_S)
+                elif not is_last:
+                    is_last = True
+                    gc.collect()  # tensors over released blocks may be waiting for it
+                else:
                     in_the_way = (e for e in self._entries if e.block is not None and e.block.end > limit_bytes)
                     held = (entry for entry in self._entries if entry.state is State.HELD)
                     return next(itertools.chain(in_the_way, held)).segment.name
-                gc.collect()  # tensors over released blocks may be waiting for it
-                # Others may have had plain tensors, and have them no more: that is tried once more in any case.
-                is_watched = self.cache.is_watched()
-                if is_watched:
-                    self._turns.wait_for_others(timeout_s=_LOOK_S)
-                    while self._turns.are_others_at_work:
-                        self._turns.wait_for_others()
                 for index in range(len(self._segments)):
-                    self.cache.evict_resident(index)
+                    self.cache.evict_resident(index)  # of which others may have had a plain tensor until now
             self.cache.growable, self.cache.scratch_bytes = settled.growable, settled.scratch_bytes
             self.cache.peak_bytes = self.cache.arena.held_bytes + settled.scratch_bytes
             self._reads.resize(n_threads)
         return None
+
+    def _is_in_use(self) -> bool:
+        """Says whether other threads use something, or have it read, and will be done with it."""
+        is_read = any(entry.state is State.READING for entry in self._entries)
+        return is_read or self._turns.are_others_at_work or self._is_watched()
 
     def _fit(self, limit_bytes: int, stays: Mapping[int, int]) -> bool:
         """Gives the arena that limit, and what stays its place in it; says whether it could."""
