@@ -6,6 +6,7 @@ for new ones, 500 at a time, in about five minutes; `--hypothesis-seed=...` choo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import tempfile
@@ -333,19 +334,19 @@ class Machine(RuleBasedStateMachine):
     def run_in_threads(self, work: list[list[Call]], changes: list[str | float]) -> None:
         expected = [[call(self.plain) for call in part] for part in work]
 
+        # Then each can hold views that are in the way of the other: there is room, but in pieces.
+        has_views = any(op == "held view" for op, *_ in self.plain.ops)
+
         def result(call: Call) -> torch.Tensor | None:
-            try:
+            with contextlib.suppress(*[litrt.BudgetError] * has_views):
                 return call(self.rt.module)
-            except litrt.BudgetError:
-                # Each holds views that are in the way of the other: there is room, but in pieces.
-                if any(op == "held view" for op, *_ in self.plain.ops):
-                    return None
-                raise
+            return None
 
         with ThreadPoolExecutor(len(work)) as pool:
             results = [pool.submit(lambda part: [result(call) for call in part], part) for part in work]
             for budget in changes:
-                self.rt.set_budget(self._bytes(budget))
+                with contextlib.suppress(*[litrt.BudgetError] * has_views):
+                    self.rt.set_budget(self._bytes(budget))
             actual = [result.result() for result in results]
         for got, wanted in zip(actual, expected, strict=True):
             assert all(a is None or torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
