@@ -44,6 +44,11 @@ class Budget:
     is_auto: bool = False
 
     @property
+    def footprint_bytes(self) -> int:
+        """Arena bytes of all segments."""
+        return sum(segment.size_bytes for segment in self.segments)
+
+    @property
     def most_bytes(self) -> int:
         """Bytes of the largest arena that any budget can ask for: every weight, and its padding."""
         return max(self.arena_bytes, sum(segment.size_bytes + PAGE_BYTES for segment in self.segments))

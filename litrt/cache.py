@@ -248,17 +248,9 @@ class Cache:
             to_move = left[::-1]  # those that move up can do so from the last one on
 
     def _is_unseen(self, entry: Entry) -> bool:
-        """Says whether there is no tensor over the block of a READY entry; drops ours."""
-        memory = entry.lease() if entry.lease is not None else None
+        """Says whether there is no tensor over the block of a READY entry, once ours is dropped."""
         entry.tensor = None
-        if memory is None:
-            return True
-        lease, memory = entry.lease, None
-        if lease is not None and lease() is None:
-            entry.lease = None
-            return True
-        self.revive(entry)
-        return False
+        return entry.lease is None or entry.lease() is None
 
     def is_tight(self, size_bytes: int) -> bool:
         """Says whether something of that size would take more than half of the arena, or of what it has grown to."""

@@ -122,8 +122,7 @@ class Planner:
         if not settled.is_auto:
             return self._arena.limit_bytes
         room_bytes = self._device.free_bytes() + self._arena.capacity_bytes - _RESERVE_BYTES - self._activation_bytes
-        footprint_bytes = sum(segment.size_bytes for segment in settled.segments)
-        return max(self._arena.limit_bytes, min(room_bytes, footprint_bytes))
+        return max(self._arena.limit_bytes, min(room_bytes, settled.footprint_bytes))
 
     def least_bytes(self, settled: Budget) -> int:
         """Returns the least arena that works for all that was recorded; 0 if nothing was."""

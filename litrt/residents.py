@@ -189,8 +189,7 @@ class Residents:
         if not self._lost and self._is_untouched(addresses):
             return
         with self._pipeline.alone():
-            written = [index for index, parked in self._parked.items() if any(plain.is_written for plain in parked)]
-            written += [index for index in self._lost if index not in written]
+            written = self._written()
             if not written:
                 return  # another thread has just evicted one
             for index in self._parked:
@@ -205,17 +204,21 @@ class Residents:
         Raises:
             WeightWriteError: Where there were any.
         """
-        written = [index for index, parked in self._parked.items() if any(plain.is_written for plain in parked)]
-        written += self._lost
-        self._lost = []
+        written = self._written()
+        self._lost.clear()
         for parked in self._parked.values():
             for plain in parked:
                 plain.accept()
         if written:
             self._refuse(written)
 
+    def _written(self) -> list[int]:
+        """Returns what was written to since it settled, evicted since or not."""
+        there = [index for index, parked in self._parked.items() if any(plain.is_written for plain in parked)]
+        return list(dict.fromkeys([*there, *self._lost]))
+
     def _refuse(self, written: list[int]) -> None:
-        names = [self._pipeline.cache.entries[index].segment.name for index in dict.fromkeys(written)]
+        names = [self._pipeline.cache.entries[index].segment.name for index in written]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise WeightWriteError(
             f"somebody has written to {names[0]!r}{more}: litrt serves weights read-only, and what was written is gone."

@@ -325,14 +325,11 @@ class Runtime:
             return budget
         n_threads = 1 if self._is_n_threads_fixed else LOCAL.n_threads
         least = self._settle("min", n_threads * scratch_bytes_per_task)
-        most_bytes = sum(segment.size_bytes for segment in least.segments)
-        return self._shared.join(
-            self, Need(self._alone_bytes(least) + least.scratch_bytes, most_bytes + least.scratch_bytes)
-        )
+        need = Need(self._alone_bytes(least) + least.scratch_bytes, least.footprint_bytes + least.scratch_bytes)
+        return self._shared.join(self, need)
 
     def _need(self) -> Need:
-        most_bytes = sum(segment.size_bytes for segment in self._settle("min", 0).segments)
-        return Need(self.min_budget_bytes, most_bytes + self._scratch_bytes)
+        return Need(self.min_budget_bytes, self._settle("min", 0).footprint_bytes + self._scratch_bytes)
 
     def _take_share(self, n_bytes: int, *, wait: bool) -> bool:
         if not self._pass_lock.acquire(blocking=wait):

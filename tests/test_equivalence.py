@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from conftest import MakeStore
 from corpus.case import outputs
-from corpus.check import perturbed
+from corpus.check import perturbed, warmed
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -105,26 +105,6 @@ def assert_same(actual: Any, expected: Any) -> None:
     for a, b in zip(got, wanted, strict=True):
         assert (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device)
         assert torch.equal(a, b)
-
-
-def warmed(
-    construct: Callable[[], nn.Module], path: Path, budget: str | int, call: Callable[[nn.Module], Any], **options: Any
-) -> tuple[litrt.Runtime, Any]:
-    """Returns a runtime, and what its first pass gave; at the smallest workable budget where `budget` is below it."""
-    for _ in range(8):
-        rt = None
-        try:
-            rt = litrt.Runtime(construct, path, budget=budget, **options)
-            return rt, call(rt.module)
-        except BaseException as error:
-            if rt is not None:
-                rt.close()
-            if not isinstance(error, litrt.BudgetError) or error.budget_bytes is None or error.needed_bytes is None:
-                raise
-            if error.needed_bytes <= error.budget_bytes:
-                raise
-            budget = error.needed_bytes
-    raise AssertionError(f"the smallest workable budget is said to be {budget}, and is not")
 
 
 def assert_no_trace(module: nn.Module, plain: nn.Module) -> None:

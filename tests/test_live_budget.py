@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from conftest import MakeStore
+from corpus.case import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -48,8 +49,7 @@ IDS = torch.tensor([3, 1, 2900, 7])
 
 @pytest.fixture
 def plain() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         return Net().eval()
 
 
@@ -117,8 +117,7 @@ def test_memory_that_a_smaller_budget_has_no_room_for_is_given_back(make_store: 
     def construct() -> nn.Module:
         return nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(6)))
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         plain = construct().eval()
     path, x = make_store(plain), torch.randn(1, 2048)
     with litrt.Runtime(construct, path, budget="100%") as rt, torch.no_grad():

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from corpus.case import seeded
 from torch import nn
 
 import litrt
@@ -70,8 +71,7 @@ class Normed(nn.Module):
 
 @pytest.fixture(scope="module")
 def plain() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         return Net().eval()
 
 

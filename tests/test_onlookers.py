@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import MakeStore
+from corpus.case import seeded
 from torch import nn
 
 import litrt
@@ -54,8 +55,7 @@ X = torch.linspace(-1, 1, WIDTH).reshape(1, WIDTH)
 
 @pytest.fixture
 def plain() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         return Net().eval()
 
 

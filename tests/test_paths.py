@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeStore
+from corpus.case import seeded
 from torch import nn
 
 import litrt
@@ -52,8 +53,7 @@ PATHS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def plain() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         return Net().eval()
 
 

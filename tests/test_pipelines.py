@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeStore
+from corpus.case import seeded
 from small_models import CASES
 from torch import nn
 
@@ -68,8 +69,7 @@ def constructor(architecture: str, class_name: str | None) -> Callable[[], nn.Mo
         return case.build
 
     def construct() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded():
             return getattr(transformers, class_name)(case.construct().config).eval()  # type: ignore[no-any-return]
 
     return construct

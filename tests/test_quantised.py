@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import MakeStore
+from corpus.case import seeded
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -204,8 +205,7 @@ def quantised() -> nn.Module:
 
 @pytest.fixture
 def plain() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         return quantised().eval()
 
 

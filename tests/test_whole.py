@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MakeStore, read_threads
+from corpus.case import seeded
 from torch import nn
 
 import litrt
@@ -46,8 +47,7 @@ BUDGETS = ["min", "60%", "100%"]
 
 @pytest.fixture
 def plain() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         return Net().eval()
 
 

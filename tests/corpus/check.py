@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,13 +108,15 @@ def check(case: Case, path: Path, devices: Sequence[str] = ("cpu", "fake")) -> S
     return Served(total_bytes, streamed)
 
 
-def _warmed(case: Case, path: Path, budget: int | str, **options: Any) -> litrt.Runtime:
-    """Returns a runtime after its warm-up, at the smallest workable budget where `budget` is below it."""
+def warmed(
+    construct: Callable[[], nn.Module], path: Path, budget: str | int, call: Callable[[nn.Module], Any], **options: Any
+) -> tuple[litrt.Runtime, Any]:
+    """Returns a runtime, and what its first pass gave; at the smallest workable budget where `budget` is below it."""
     for _ in range(8):
         rt = None
         try:
-            rt = litrt.Runtime(case.build, path, budget=budget, **options)
-            case.call(rt.module, 0)
+            rt = litrt.Runtime(construct, path, budget=budget, **options)
+            return rt, call(rt.module)
         except BaseException as error:
             if rt is not None:
                 rt.close()
@@ -123,8 +125,6 @@ def _warmed(case: Case, path: Path, budget: int | str, **options: Any) -> litrt.
             if error.needed_bytes <= error.budget_bytes:
                 raise
             budget = error.needed_bytes
-        else:
-            return rt
     raise AssertionError(f"the smallest workable budget is said to be {budget}, and is not")
 
 
@@ -135,7 +135,7 @@ def _serve(
     where = f"{device_name}, budget {budget}"
     fake = FakeDevice("random", seed=zlib.crc32(case.name.encode())) if device_name == "fake" else None
     options = {"device": fake} if fake is not None else {}
-    rt = _warmed(case, path, budget, **options)
+    rt, _ = warmed(case.build, path, budget, lambda module: case.call(module, 0), **options)
     with rt, fake.watching() if fake is not None else nullcontext():
         for number in range(N_PASSES):
             before = rt.stats()
