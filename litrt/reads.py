@@ -55,7 +55,6 @@ class ReadThreads(Generic[T]):
         """Makes it so many threads: those that are too many end as soon as they have nothing to load."""
         with self._lock:
             self.n_threads = n_threads
-            self._threads = [thread for thread in self._threads if thread.is_alive()]
             running = {thread.name for thread in self._threads}
             for number in range(n_threads):
                 name = f"litrt-read-{number}"
@@ -81,7 +80,10 @@ class ReadThreads(Generic[T]):
             with self._lock:
                 while not self._queue and not self._closed and number < self.n_threads:
                     self._work.wait()
-                if self._closed or number >= self.n_threads:
+                if self._closed:
+                    return
+                if number >= self.n_threads:
+                    self._threads.remove(threading.current_thread())  # it may be wanted again before it has ended
                     return
                 _, _, token, piece, memory, waits = heapq.heappop(self._queue)
                 began_s = time.perf_counter()

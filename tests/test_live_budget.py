@@ -10,13 +10,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import MakeStore
+from conftest import MakeStore, read_threads
 from corpus.case import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import litrt
+from litrt.reads import ReadThreads
 from litrt.shared import Need, divide
 from litrt.testing import FakeDevice
 
@@ -227,6 +228,25 @@ def test_a_budget_changes_while_others_compute(path: Path, plain: nn.Module) -> 
             thread.join()
         assert not wrong
         check(rt, plain)
+
+
+def test_a_thread_that_reads_and_was_one_too_many_is_replaced(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, may_end = threading.Semaphore(0), threading.Event()
+    run = ReadThreads._run
+
+    def run_and_end_late(reads: ReadThreads[Any], number: int) -> None:
+        run(reads, number)
+        ended.release()
+        assert may_end.wait(30)
+
+    monkeypatch.setattr(ReadThreads, "_run", run_and_end_late)
+    before = read_threads()
+    with litrt.Runtime(Net, path, budget="50%", n_threads=3) as rt:
+        rt._pipeline._reads.resize(1)
+        assert all(ended.acquire(timeout=30) for _ in range(2))
+        rt._pipeline._reads.resize(3)  # the two read no more, and have not ended
+        assert len(read_threads() - before) == 5
+        may_end.set()
 
 
 # Shared budgets.
