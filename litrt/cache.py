@@ -334,7 +334,7 @@ class Cache:
     def _make_room(self, entry: Entry) -> bool:
         """Gives `entry` a block, evicting what is needed last, or raises; says whether nobody else has meanwhile."""
         segment = entry.segment
-        collected = False
+        collected = is_last = False
         while entry.state is State.ABSENT:
             if self._taken(entry, self.arena.place(segment.nbytes, segment.size_bytes, segment.align_bytes)):
                 return True
@@ -352,7 +352,10 @@ class Cache:
             elif not self._evict_one_resident() and not self._grow(segment):
                 if self.is_watched():
                     raise Crowded
-                self._refuse(segment)
+                if is_last:
+                    self._refuse(segment)
+                is_last = True  # somebody may have let go of something just before that look
+                self.reap()
         return False
 
     def _taken(self, entry: Entry, block: Block | None) -> bool:

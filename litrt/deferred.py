@@ -13,6 +13,7 @@ Constants (`torch.tensor(...)`, `torch.from_numpy(...)`) hold data that exists a
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -83,6 +84,7 @@ class Deferred(torch.Tensor):
         )
         self._litrt_meta = meta
         self._litrt_deferral = deferral
+        deferral._made.append(weakref.ref(self))
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -140,6 +142,7 @@ class Deferral(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._ops: list[_Op] = []
+        self._made: list[weakref.ref[Deferred]] = []
         self._buffers: dict[int, Buffer] = {}
         self._epochs: list[torch.Tensor] = []  # states of the generator that random operators start from
         self._draws: list[list[int]] = []  # per epoch, the operators that draw, in order
@@ -184,6 +187,12 @@ class Deferral(TorchDispatchMode):
                 tensor if ref is None else ref.over(_values(ref.buffer))
                 for tensor, ref in zip(tensors, refs, strict=True)
             ]
+
+    def living(self) -> list[Deferred]:
+        """Returns the deferred tensors that somebody still has, after the construction; they can be swapped then."""
+        found = [tensor for made in self._made if (tensor := made()) is not None]
+        self._made.clear()  # weak references would forbid a swap
+        return found
 
     def ref(self, tensor: torch.Tensor) -> Ref | None:
         """Returns what a deferred tensor refers to now, or None for a tensor that has values."""

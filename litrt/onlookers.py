@@ -46,7 +46,7 @@ class Onlookers:
 
 def _computes(frame: FrameType | None, modules: set[int]) -> bool:
     while frame is not None:
-        if frame.f_code.co_name == _PASS and frame.f_globals.get("__name__") == "litrt.runtime":
+        if frame.f_code.co_name == _PASS and frame.f_globals.get("__name__") == "litrt.passes":
             return False  # before a pass, or after one
         if frame.f_code.co_name in _CALLS and id(frame.f_locals.get("self")) in modules:
             return True

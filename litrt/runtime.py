@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -16,19 +15,17 @@ from typing import Any, Self, get_args
 import torch
 from torch import nn
 
-from litrt import gradients
 from litrt.arena import Arena
 from litrt.arrays import floating_dtype
 from litrt.budget import Budget, largest_segment, part_bytes, requested_bytes, settle, settle_host
-from litrt.compiled import uncompiled
 from litrt.device import Device
 from litrt.devices import open_device
 from litrt.errors import ClosedError, LitrtError, WeightWriteError
-from litrt.frames import refuse_copy, wrap_fused
 from litrt.guards import check_eval, guard, norms
 from litrt.link import HostTier, Link
 from litrt.loader import StoreLoader
 from litrt.onlookers import Onlookers
+from litrt.passes import FORWARD, Passes
 from litrt.paths import signature
 from litrt.pipeline import Pipeline
 from litrt.placeholder import Placeholder
@@ -49,9 +46,6 @@ _WARMUP_SHARE = 0.5
 
 _QUICK_S = 1.0
 """Warm-up passes of less than this are run again."""
-
-
-_uncompiled = uncompiled("litrt sees a pass begin and end here.")
 
 _alive: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
@@ -147,9 +141,7 @@ class Runtime:
         self._recording = False
         self._recorded: tuple[list[Use], Hashable] = [], None  # by a warm-up
         self._looks: Hashable = None  # of the inputs of the pass
-        self._pass_lock = threading.RLock()
-        self._in_pass = False
-        self._unhook: Callable[[], None] | None = None
+        self._passes = Passes(self.module, self._pass_begins, self._pass_ends)
         try:
             settled = self._open(budget, n_threads, host_bytes, strict=strict)
             by_name = {info.name: info for info in infos}
@@ -163,7 +155,7 @@ class Runtime:
             self._planner = Planner(
                 settled, self._pipeline, self._residents, self._loader, self._device, policy, self._bandwidth_bps
             )
-            self._hook()
+            self._passes.see()
         except BaseException:
             if hasattr(self, "_stop"):
                 self._stop()
@@ -245,7 +237,7 @@ class Runtime:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module: one pass. The first one is recorded, unless `warmup` was called."""
         self._check_open()
-        if self._unhook is not None:
+        if self._passes.are_seen:
             with torch.no_grad():
                 return self.module(*args, **kwargs)
         check_eval(self._norms, self._residents.find)
@@ -253,29 +245,46 @@ class Runtime:
         with torch.no_grad():
             return self.module(*args, **kwargs)
 
-    def warmup(self, *args: Any, **kwargs: Any) -> None:
+    def warmup(self, *args: Any, method: str = FORWARD, **kwargs: Any) -> None:
         """Runs a pass, inside the budget, to record which operators use which weights; then plans and fills memory.
 
-        A quick pass is run twice, the second time for its timings.
+        A quick pass is run twice, the second time for its timings. A second warm-up, with other inputs or of another
+        method, adds a plan to those before.
 
         Args:
-            *args: A sample input, passed to the module; later inputs should take the same path through it.
+            *args: A sample input; later inputs should take the same path through the module.
+            method: What to call with it: a method of the module, or of a part of it (`"decode"`, `"vae.decode"`), or a
+                part (`"encoder"`). Its calls are passes from now on, like those of the module itself.
             **kwargs: Likewise.
+
+        Raises:
+            ValueError: If there is no such method.
+            LitrtError: If called in a pass, or if the method uses no weights.
         """
         self._check_open()
-        with self._pass_lock:
+        with self._passes.lock:
+            if self._passes.is_in_one:
+                raise LitrtError("a pass cannot be warmed up inside of another one: call warmup before or after it.")
             self._check_unwritten()
+            self._passes.add(method)
             if self._planner.plan is not None:
                 self._planner.begin()
                 self._rehook()
             self._recording = True
             self._device.peak_bytes()
             try:
-                began_s = time.perf_counter()
-                self.module(*args, **kwargs)
-                if time.perf_counter() - began_s < _QUICK_S:
-                    # The first pass of a process is slow in ways that the following ones are not.
-                    self.module(*args, **kwargs)
+                run = self._passes.function(method)
+                with torch.no_grad():
+                    began_s = time.perf_counter()
+                    run(*args, **kwargs)
+                    if time.perf_counter() - began_s < _QUICK_S:
+                        # The first pass of a process is slow in ways that the following ones are not.
+                        run(*args, **kwargs)
+                if method != FORWARD and not any(use.segments or use.table is not None for use in self._recorded[0]):
+                    raise LitrtError(
+                        f"{method!r} used no weights, so that there is nothing to plan: warm up what uses them. (A "
+                        "generator uses them later, when it is asked for values.)"
+                    )
                 self._planner.record(*self._recorded)
             finally:
                 self._recording = False
@@ -296,11 +305,11 @@ class Runtime:
         self._check_open()
         if self._shared is not None:
             raise LitrtError("this runtime has a share of a litrt.SharedBudget, which is divided anew by itself.")
-        with self._pass_lock:
+        with self._passes.lock:
             self._set_budget(budget)
 
     def _set_budget(self, budget: int | str) -> None:
-        if self._in_pass:
+        if self._passes.is_in_one:
             raise LitrtError("the budget cannot be changed in a pass: call set_budget before or after it.")
         self._residents.check()
         n_threads, scratch_bytes = self._n_threads, self._scratch_bytes
@@ -332,24 +341,24 @@ class Runtime:
         return Need(self.min_budget_bytes, self._settle("min", 0).footprint_bytes + self._scratch_bytes)
 
     def _take_share(self, n_bytes: int, *, wait: bool) -> bool:
-        if not self._pass_lock.acquire(blocking=wait):
+        if not self._passes.lock.acquire(blocking=wait):
             return False
         try:
-            if self._in_pass or not self._stop.alive:
+            if self._passes.is_in_one or not self._stop.alive:
                 return False
             self._set_budget(n_bytes)
         finally:
-            self._pass_lock.release()
+            self._passes.lock.release()
         return True
 
     @property
     def _is_in_pass_here(self) -> bool:
-        if not self._pass_lock.acquire(blocking=False):
+        if not self._passes.lock.acquire(blocking=False):
             return False  # another thread's
         try:
-            return self._in_pass
+            return self._passes.is_in_one
         finally:
-            self._pass_lock.release()
+            self._passes.lock.release()
 
     @contextmanager
     def at_budget(self, budget: int | str) -> Iterator[Self]:
@@ -412,7 +421,7 @@ class Runtime:
             LitrtError: If something holds a weight in a way that litrt cannot follow.
         """
         self._check_open()
-        with self._pass_lock, self._pipeline.alone():
+        with self._passes.lock, self._pipeline.alone():
             self._residents.check()
             self._residents.detach()
         self.close()
@@ -455,7 +464,7 @@ class Runtime:
         Raises:
             WeightWriteError: If weights that stayed were written to; all the same, the runtime is closed.
         """
-        with self._pass_lock:
+        with self._passes.lock:
             if not self._stop.alive:
                 return
             try:
@@ -463,8 +472,7 @@ class Runtime:
             finally:
                 self._residents.evict_all(look=False)
                 self._unguard()
-                if self._unhook is not None:
-                    self._unhook()
+                self._passes.unsee()
                 self._stop()
                 if self._shared is not None:
                     self._shared.leave(self)
@@ -478,100 +486,37 @@ class Runtime:
         with contextlib.suppress(*([] if exc is None else [WeightWriteError])):  # the first error says more
             self.close()
 
-    # The main loop: one pass of the root module after the other.
+    # The main loop: one pass after the other.
 
-    def _hook(self) -> None:
-        """Wraps the root's forward, to see passes begin and end, and torch's fused modules."""
-        module = self.module
-        unwrap_fused = wrap_fused(module)
-        forward = module.forward  # the root may itself be such a module
+    def _pass_begins(self, method: str, args: Any, kwargs: Any) -> None:
+        self._check_unwritten()
+        self._looks = method, signature(args, kwargs)
+        if not self._recording:
+            self._planner.expect(self._looks)
+        self._pipeline.begin_pass(counting=not self._recording)
 
-        @functools.wraps(forward)
-        def one_pass(*args: Any, **kwargs: Any) -> Any:
-            if not self._begin_pass(args, kwargs):
-                return forward(*args, **kwargs)
-            has_ended = False
-            try:
-                with torch.no_grad():
-                    result = forward(*args, **kwargs)
-                has_ended = True
-            finally:
-                self._end_pass(has_ended)
-            return self._without_gradients(result, args, kwargs)
-
-        own = vars(module).get("forward")
-        vars(module)["forward"] = one_pass
-        vars(module)["__deepcopy__"] = refuse_copy
-
-        def unhook() -> None:
-            vars(module).pop("forward", None)
-            vars(module).pop("__deepcopy__", None)
-            if own is not None:
-                vars(module)["forward"] = own
-            unwrap_fused()
-            self._unhook = None
-
-        self._unhook = unhook
-
-    def _rehook(self) -> None:
-        """Sees passes where there is anything to do in them."""
-        if self._planner.is_all_plain:
-            if self._unhook is not None:
-                self._unhook()
-        elif self._unhook is None:
-            self._hook()
-
-    @_uncompiled
-    def _begin_pass(self, args: Any, kwargs: Any) -> bool:
-        """Begins a pass with such inputs, unless this thread is in one; other threads wait for its end."""
-        self._pass_lock.acquire()
-        if self._in_pass:
-            self._pass_lock.release()
-            return False
+    def _pass_ends(self, is_whole: bool) -> None:
         try:
-            gradients.check_transforms("a pass")
-            self._check_unwritten()
-            self._in_pass = True
-            self._looks = signature(args, kwargs)
-            if not self._recording:
-                self._planner.expect(self._looks)
-            self._pipeline.begin_pass(counting=not self._recording)
-        except BaseException:
-            self._in_pass = False
-            self._pass_lock.release()
-            raise
-        return True
-
-    @_uncompiled
-    def _end_pass(self, has_ended: bool) -> None:
-        try:
-            n_mismatches = 0
-            try:
-                if has_ended:
-                    self._residents.check(addresses=False)
-                    n_mismatches = self._pipeline.end_pass()
-            finally:
-                self._in_pass = False
-                self._pipeline.leave_pass()
-            if has_ended:
-                self._learn(n_mismatches)
+            if is_whole:
+                self._residents.check(addresses=False)
+                n_mismatches = self._pipeline.end_pass()
         finally:
-            self._pass_lock.release()
-
-    @_uncompiled
-    def _without_gradients(self, result: Any, args: Any, kwargs: Any) -> Any:
-        if gradients.asked_for((args, kwargs), besides=Placeholder):
-            return gradients.refused(result, "a pass")
-        return result
-
-    def _learn(self, n_mismatches: int) -> None:
-        """Plans with what a pass has done, where that is called for."""
+            self._pipeline.leave_pass()
+        if not is_whole:
+            return
         if self._recording:
             self._recorded = self._pipeline.uses(), self._looks
         else:
             self._n_passes += 1
             self._planner.ended(n_mismatches, self._looks)
             self._rehook()
+
+    def _rehook(self) -> None:
+        """Sees passes where there is anything to do in them."""
+        if self._planner.is_all_plain:
+            self._passes.unsee()
+        else:
+            self._passes.see()
 
     def _check_unwritten(self) -> None:
         """Raises WeightWriteError where weights that stay were written to, or would be in a pass."""
@@ -587,7 +532,7 @@ def _read_whole(reader: Reader, infos: list[TensorInfo], device: Device, index: 
 
 def _forked() -> None:
     for runtime in list(_alive):
-        runtime._pass_lock = threading.RLock()  # another thread may have held it, which is not here
+        runtime._passes.forked()
         runtime._pipeline.forked()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -199,6 +198,8 @@ def furnish(
         if isinstance(child, nn.RNNBase):
             # Weak references would forbid a swap. Their only use is to notice parameters that were exchanged.
             child._flat_weight_refs = [None] * len(child._flat_weights_names)
+    weights = {id(slot.tensor) for slot in found}
+    others = [tensor for tensor in deferral.living() if id(tensor) not in weights]
     placed: dict[int, list[Placeholder]] = {}
     of_buffer: dict[int, tuple[Slot, int]] = {}
     for slot in found:
@@ -223,9 +224,8 @@ def furnish(
         del placeholder
 
     # Buffers that are not stored, and tensors that the constructor kept anywhere else.
-    living = [thing for thing in gc.get_objects() if type(thing) is Deferred and thing._litrt_deferral is deferral]
     values: list[Deferred] = []
-    for tensor in living:
+    for tensor in others:
         ref = deferral.ref(tensor)
         if ref is None or id(ref.buffer) not in of_buffer:
             values.append(tensor)
@@ -237,7 +237,6 @@ def furnish(
         is_param = isinstance(tensor, nn.Parameter)
         view = Placeholder(source, index, slot.stored, meta, info.shape, device.torch_device, is_param=is_param)
         _put(tensor, view, slot.names[0])
-    del living
     # As `module.to(device)` does: other tensors stay where they are.
     moved = {id(buffer) for buffer in module.buffers()}
     for tensor, real in zip(values, deferral.materialize(values), strict=True):

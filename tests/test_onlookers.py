@@ -95,6 +95,24 @@ def test_what_is_held_without_computing_is_an_error_at_once(plain: nn.Module, ma
         assert torch.equal(row, plain.slow.linear.weight[0])
 
 
+@pytest.mark.usefixtures("poisoned")
+@torch.no_grad()
+def test_what_is_let_go_of_at_the_last_moment_is_no_error(plain: nn.Module, make_store: MakeStore) -> None:
+    with litrt.Runtime(Net, make_store(plain), budget=4 * WIDTH * WIDTH * 4) as rt:
+        rt.warmup(X)
+        held = [rt.module.slow.linear.weight.detach()[0]]
+        cache = rt._pipeline.cache
+        look = cache.is_watched
+
+        def let_go_and_look() -> bool:
+            held.clear()
+            return look()
+
+        cache.is_watched = let_go_and_look
+        assert torch.equal(rt.module.wide(X), plain.wide(X))
+        assert not held
+
+
 def in_thread(work: Callable[[], object], began: threading.Event, go_on: threading.Event, looks: Onlookers) -> bool:
     """Returns what is said of another thread that does some work."""
     thread = threading.Thread(target=work)

@@ -428,7 +428,7 @@ def test_a_process_that_is_forked_off_is_told_to_make_its_own(path: Path, plain:
         held, done = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with rt._pass_lock, rt._pipeline._lock:
+            with rt._passes.lock, rt._pipeline._lock:
                 held.set()
                 done.wait(60)
 
