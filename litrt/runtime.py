@@ -15,15 +15,12 @@ from typing import Any, Self, get_args
 import torch
 from torch import nn
 
-from litrt.arena import Arena
-from litrt.arrays import floating_dtype
-from litrt.budget import Budget, largest_segment, part_bytes, requested_bytes, settle, settle_host
+from litrt.budget import requested_bytes, settle_host
 from litrt.device import Device
 from litrt.devices import open_device
 from litrt.errors import ClosedError, LitrtError, WeightWriteError
 from litrt.guards import check_eval, guard, norms
-from litrt.link import HostTier, Link
-from litrt.loader import StoreLoader
+from litrt.link import Link
 from litrt.onlookers import Onlookers
 from litrt.passes import FORWARD, Passes
 from litrt.paths import signature
@@ -31,18 +28,15 @@ from litrt.pipeline import Pipeline
 from litrt.placeholder import Placeholder
 from litrt.plan import Plan, Policy
 from litrt.planner import Planner
-from litrt.reader import Reader
 from litrt.residents import Residents
+from litrt.serving import Weights, serve
 from litrt.shared import Need, SharedBudget
-from litrt.skeleton import build, check_kinds, furnish, match, slots, tables
+from litrt.skeleton import build, check_kinds, furnish, match, slots
 from litrt.stats import Stats
-from litrt.store import Store, TensorInfo, open_store
+from litrt.store import Store, open_store
 from litrt.trace import Trace, Use
-from litrt.tune import LOCAL, Tuning, most_threads, tune
+from litrt.tune import most_threads
 from litrt.units import parse_bytes
-
-_WARMUP_SHARE = 0.5
-"""Share of a device's free memory that a warm-up may take which is to find out how much is needed."""
 
 _QUICK_S = 1.0
 """Warm-up passes of less than this are run again."""
@@ -116,44 +110,36 @@ class Runtime:
         found = slots(self.module)
         check_kinds(self.module, found, self._device, dtype)
         match(self.module, found, opened)
-        stored = [opened[name] for name in dict.fromkeys(slot.stored for slot in found)]
-        infos = stored if dtype is None else [info.cast(floating_dtype(dtype, "serve weights in")) for info in stored]
-        indices = {info.name: index for index, info in enumerate(infos)}
-        reader = Reader(opened)
-        parts = {info.name for info in stored if info.nbytes and info.readable.largest_bytes < info.nbytes}
-        # What is one piece has to be read whole in any case; over a link, there is less to copy.
-        named = [
-            name
-            for name in tables(self.module, found)
-            if name in parts or not (self._device.is_host or len(opened[name].shape) > 2)
-        ]
-        slot_bytes = {name: part_bytes(opened[name], infos[indices[name]]) for name in named if opened[name].nbytes}
-        self._tables = frozenset(indices[name] for name in {*slot_bytes, *parts})
-        self._indices = indices
-        self._reader = reader
-        self._infos = infos
-        self._stored = stored
-        self._slot_bytes = slot_bytes
-        self._host: HostTier | None = None
+        self._weights = weights = Weights(self.module, found, opened, self._device, dtype)
         self._shared = budget if isinstance(budget, SharedBudget) else None
-        self._is_n_threads_fixed = n_threads is not None
         self._n_passes = 0
         self._recording = False
         self._recorded: tuple[list[Use], Hashable] = [], None  # by a warm-up
         self._looks: Hashable = None  # of the inputs of the pass
         self._passes = Passes(self.module, self._pass_begins, self._pass_ends)
         try:
-            settled = self._open(budget, n_threads, host_bytes, strict=strict)
-            by_name = {info.name: info for info in infos}
-            placeholders = furnish(self.module, found, deferral, by_name, self._pipeline, indices, self._device)
-            self._read_whole = functools.partial(_read_whole, reader, infos, self._device)
-            self._residents = Residents(placeholders, self._pipeline, self._read_whole, is_host=self._device.is_host)
+            budget_of = functools.partial(self._join, budget)
+            serving = serve(weights, budget_of, n_threads=n_threads, host_bytes=host_bytes, strict=strict)
+            self._stop = weakref.finalize(self, Pipeline.close, serving.pipeline)
+            self._serving = serving
+            self._pipeline = serving.pipeline
+            self._host = serving.host
+            self._budget = serving.budget
+            by_name = {info.name: info for info in weights.infos}
+            placeholders = furnish(self.module, found, deferral, by_name, self._pipeline, weights.indices, self._device)
+            self._residents = Residents(placeholders, self._pipeline, weights.read, is_host=self._device.is_host)
             self._pipeline.cache.evict_resident = self._residents.evict
             self._unguard = guard(self.module, self._residents.find)
             self._norms = norms(self.module)
             self._pipeline.are_others_computing = Onlookers(self.module).are_computing
             self._planner = Planner(
-                settled, self._pipeline, self._residents, self._loader, self._device, policy, self._bandwidth_bps
+                serving.settled,
+                self._pipeline,
+                self._residents,
+                serving.loader,
+                self._device,
+                policy,
+                serving.bandwidth_bps,
             )
             self._passes.see()
         except BaseException:
@@ -163,76 +149,6 @@ class Runtime:
                 self._shared.leave(self)
             raise
         _alive.add(self)
-
-    def _open(
-        self, budget: int | str | SharedBudget, n_threads: int | None, host_bytes: int, *, strict: bool
-    ) -> Budget:
-        """Starts the pipeline that serves the weights; returns the budget that it has."""
-        bandwidth_bps: float | None = None  # of the store, where it was measured
-        loader: StoreLoader | Link
-        if self._device.is_host:
-            pairs = zip(self._infos, self._stored, strict=True)
-            casts = {info.name: info.dtype for info, stored in pairs if info.dtype != stored.dtype}
-            loader = StoreLoader(self._reader, casts)
-            budget = self._join(budget, loader.scratch_bytes_per_task)
-            asked_bytes = requested_bytes(budget, self.total_bytes)
-            if asked_bytes is not None:
-                budget = asked_bytes
-            tuning = self._tuned(n_threads, asked_bytes, loader.scratch_bytes_per_task)
-            n_threads, bandwidth_bps = tuning.n_threads, tuning.bandwidth_bps
-            scratch_bytes = n_threads * loader.scratch_bytes_per_task
-        else:
-            n_threads = self._tuned(n_threads, host_bytes, self._reader.scratch_bytes_per_task).n_threads
-            self._host = HostTier(
-                self._device, self._reader, self._stored, host_bytes, n_threads, self._tables, self._slot_bytes.values()
-            )
-            loader = Link(self._device, self._host, self._stored, self._infos)
-            n_threads, scratch_bytes = 1, loader.scratch_bytes
-            self._is_n_threads_fixed = True
-            budget = self._join(budget, scratch_bytes)
-        self._scratch_bytes = scratch_bytes
-        self._loader = loader
-        self._bandwidth_bps = bandwidth_bps or 0.0
-        self._n_threads = n_threads
-        self._scratch_bytes_per_thread = scratch_bytes // n_threads
-        self._budget = budget
-        settled = self._settle(budget, scratch_bytes)
-        capacity_bytes = settled.most_bytes  # of which the host gives what is written to
-        if not self._device.is_host:
-            capacity_bytes = settled.arena_bytes
-            if settled.growable:
-                capacity_bytes = min(settled.most_bytes, int(self._device.free_bytes() * _WARMUP_SHARE))
-        self._arena = Arena(self._device, capacity_bytes, settled.arena_bytes)
-        if self._host is not None:
-            matrices = [self._indices[name] for name in self._slot_bytes if len(self._reader.store[name].shape) == 2]
-            self._host.open({index: self._infos[index].nbytes for index in matrices}, settled.arena_bytes)
-        in_arena = [
-            TensorInfo.of_bytes(segment.name, segment.nbytes) for segment in settled.segments if segment.is_slot
-        ]
-        self._pipeline = Pipeline(
-            settled.segments,
-            [*self._infos, *in_arena],
-            loader,
-            self._device,
-            self._arena,
-            n_threads=n_threads,
-            scratch_bytes=settled.scratch_bytes,
-            growable=settled.growable,
-            strict=strict,
-            tables=self._tables,
-        )
-        self._stop = weakref.finalize(self, Pipeline.close, self._pipeline)
-        return settled
-
-    def _settle(self, budget: int | str, scratch_bytes: int) -> Budget:
-        """Returns the bytes of a budget, and how weights lie in the arena with it."""
-        return settle(budget, self._infos, scratch_bytes, self._slot_bytes, stored=self._stored, device=self._device)
-
-    def _tuned(self, n_threads: int | None, budget_bytes: int | None, scratch_bytes: int) -> Tuning:
-        """Returns with how many threads to read, and tells the reader how many of them at once."""
-        tuning = tune(self._reader, self._stored, budget_bytes, scratch_bytes, n_threads=n_threads)
-        self._reader.n_in_flight = tuning.n_in_flight
-        return tuning
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module: one pass. The first one is recorded, unless `warmup` was called."""
@@ -312,33 +228,33 @@ class Runtime:
         if self._passes.is_in_one:
             raise LitrtError("the budget cannot be changed in a pass: call set_budget before or after it.")
         self._residents.check()
-        n_threads, scratch_bytes = self._n_threads, self._scratch_bytes
+        n_threads, scratch_bytes = self._serving.n_threads, self._serving.scratch_bytes
         if self._device.is_host:
-            held_bytes = self._arena.held_bytes
+            held_bytes = self._pipeline.cache.arena.held_bytes
             asked_bytes = requested_bytes(budget, self.total_bytes, held_bytes)
             if budget != "min" and asked_bytes is not None:
                 budget = asked_bytes
-            if not self._is_n_threads_fixed:
-                n_threads = most_threads(self._n_threads, asked_bytes, self._scratch_bytes_per_thread)
-            scratch_bytes = n_threads * self._scratch_bytes_per_thread
-        self._planner.change(self._settle(budget, scratch_bytes), n_threads)
+            per_thread_bytes = self._serving.scratch_bytes_per_thread
+            if not self._serving.is_n_threads_fixed:
+                n_threads = most_threads(n_threads, asked_bytes, per_thread_bytes)
+            scratch_bytes = n_threads * per_thread_bytes
+        self._planner.change(self._weights.settle(budget, scratch_bytes), n_threads)
         self._budget = budget
         self._rehook()
 
     # What a shared budget asks.
 
-    def _join(self, budget: int | str | SharedBudget, scratch_bytes_per_task: int) -> int | str:
-        """Returns a budget of its own: the share of a shared one."""
-        if self._shared is None:
-            assert not isinstance(budget, SharedBudget)
+    def _join(self, budget: int | str | SharedBudget, scratch_bytes: int) -> int | str:
+        """Returns a budget of its own: the share of a shared one, told what reads need beside the arena."""
+        if not isinstance(budget, SharedBudget):
             return budget
-        n_threads = 1 if self._is_n_threads_fixed else LOCAL.n_threads
-        least = self._settle("min", n_threads * scratch_bytes_per_task)
-        need = Need(self._alone_bytes(least) + least.scratch_bytes, least.footprint_bytes + least.scratch_bytes)
-        return self._shared.join(self, need)
+        least = self._weights.settle("min", scratch_bytes)
+        alone_bytes = self._weights.alone_bytes(least)
+        return budget.join(self, Need(alone_bytes + scratch_bytes, least.footprint_bytes + scratch_bytes))
 
     def _need(self) -> Need:
-        return Need(self.min_budget_bytes, self._settle("min", 0).footprint_bytes + self._scratch_bytes)
+        footprint_bytes = self._weights.settle("min", 0).footprint_bytes
+        return Need(self.min_budget_bytes, footprint_bytes + self._serving.scratch_bytes)
 
     def _take_share(self, n_bytes: int, *, wait: bool) -> bool:
         if not self._passes.lock.acquire(blocking=wait):
@@ -388,18 +304,13 @@ class Runtime:
     @property
     def total_bytes(self) -> int:
         """Bytes of all weights, of which a budget can be a percentage."""
-        return sum(info.nbytes for info in self._infos)
+        return self._weights.total_bytes
 
     @property
     def min_budget_bytes(self) -> int:
         """The smallest budget that works: for passes like the recorded ones; before that, for each weight alone."""
-        least = self._settle("min", self._scratch_bytes)
-        return max(self._alone_bytes(least), self._planner.least_bytes(least)) + self._scratch_bytes
-
-    def _alone_bytes(self, settled: Budget) -> int:
-        """Returns the arena bytes of the largest weight, or of the largest part of one that is never needed whole."""
-        largest = largest_segment(settled.segments, self._slot_bytes.keys())
-        return largest.size_bytes if largest is not None else 0
+        least = self._weights.settle("min", self._serving.scratch_bytes)
+        return max(self._weights.alone_bytes(least), self._planner.least_bytes(least)) + self._serving.scratch_bytes
 
     def state_dict(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the names and the true tensors of the module's state dict, one at a time, in memory of their own.
@@ -410,7 +321,7 @@ class Runtime:
         self._residents.check()
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             if isinstance(tensor, Placeholder):
-                yield name, self._read_whole(tensor._litrt_index)
+                yield name, self._weights.read(tensor._litrt_index)
             else:
                 yield name, tensor.detach().clone()
 
@@ -435,6 +346,7 @@ class Runtime:
         """Returns what has happened so far."""
         counters = self._pipeline.count()
         host = self._host.count() if self._host is not None else None
+        loader = self._serving.loader
         return Stats(
             n_passes=self._n_passes,
             n_hits=counters.n_hits,
@@ -450,7 +362,7 @@ class Runtime:
             link_stall_s=counters.link_stall_s,
             disk_stall_s=0.0 if host is None else host.stall_s,
             host_peak_bytes=0 if self._host is None else self._host.peak_bytes,
-            link_bps=self._loader.link_bps if isinstance(self._loader, Link) else 0.0,
+            link_bps=loader.link_bps if isinstance(loader, Link) else 0.0,
         )
 
     @property
@@ -522,12 +434,6 @@ class Runtime:
         """Raises WeightWriteError where weights that stay were written to, or would be in a pass."""
         self._residents.check()
         check_eval(self._norms, self._residents.find)
-
-
-def _read_whole(reader: Reader, infos: list[TensorInfo], device: Device, index: int) -> torch.Tensor:
-    """Returns a weight in memory of its own."""
-    info = infos[index]
-    return reader.read_tensor(info.name).to(device=device.torch_device, dtype=info.dtype)
 
 
 def _forked() -> None:

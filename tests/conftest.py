@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from corpus.report import lines
+from corpus.report import Row, lines
 from hypothesis import Phase, settings
 from torch import nn
 
 import litrt
 import litrt.residency
-import litrt.runtime
+import litrt.serving
 from litrt.arena import POISON, Arena
 from litrt.device import Device
 
@@ -93,7 +93,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         device.fill(made._memory, POISON)
         return made
 
-    monkeypatch.setattr(litrt.runtime, "Arena", arena)
+    monkeypatch.setattr(litrt.serving, "Arena", arena)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Prints the table of the corpus, if much of it was run."""
     reports = [report for kind in terminalreporter.stats.values() for report in kind]
     reports = [report for report in reports if isinstance(report, pytest.TestReport) and report.when == "call"]
-    rows = [row for report in reports for key, row in report.user_properties if key == "corpus"]
+    rows = [Row(**row) for report in reports for key, row in report.user_properties if key == "corpus"]
     if len(rows) > 50:
         terminalreporter.section("corpus")
         for line in lines(rows):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import litrt
 
 pytestmark = [pytest.mark.usefixtures("poisoned", "rough_plans"), pytest.mark.filterwarnings("ignore")]
 
-Record = Callable[[str, Any], None]
+Record = Callable[[Row], None]
 
 SAMPLE = ("gpt2", "t5", "mixtral", "mamba", "siglip", "mllama", "llava")
 
@@ -38,46 +39,52 @@ def diffusers_classes() -> list[str]:
     return diffusion.classes() if importlib.util.find_spec("diffusers") else []
 
 
+@pytest.fixture
+def record(record_property: Callable[[str, Any], None]) -> Record:
+    """Returns a function that puts a row into the table, from whichever process runs the test."""
+    return lambda row: record_property("corpus", asdict(row))
+
+
 def serve(name: str, find: Callable[[str], Case], path: Path, record: Record) -> None:
     """Checks a model and records the row of the table; skips what does not run as the plain model."""
     try:
         case = find(name)
         served = check(case, path)
     except NotBuilt as error:
-        record("corpus", Row(name, "not built", reason=str(error)))
+        record(Row(name, "not built", reason=str(error)))
         pytest.skip(str(error))
     except litrt.WeightWriteError as error:
         # Weights are read-only: what writes them is told which one, and what to do.
-        record("corpus", Row(name, "refused", reason=str(error)))
+        record(Row(name, "refused", reason=str(error)))
         if error.name not in str(error) or "w.clone()" not in str(error):
             raise
         pytest.skip(str(error))
     except BaseException as error:
-        record("corpus", Row(name, "failed", reason=f"{type(error).__name__}: {error}"))
+        record(Row(name, "failed", reason=f"{type(error).__name__}: {error}"))
         raise
-    record("corpus", Row(case.name, "served", case.family, served.weight_bytes))
+    record(Row(case.name, "served", case.family, served.weight_bytes))
 
 
 # What they do with weights: gpt2 and t5 tie them, mixtral routes, mamba reads its tables by hand, siglip has
 # nn.MultiheadAttention; mllama reads weights outside of the forward of the module that owns them.
 @pytest.mark.parametrize("model_type", marked(model_types(), *SAMPLE))
-def test_transformers(model_type: str, tmp_path: Path, record_property: Record) -> None:
-    serve(model_type, hf.case_of, tmp_path / "model.zarr", record_property)
+def test_transformers(model_type: str, tmp_path: Path, record: Record) -> None:
+    serve(model_type, hf.case_of, tmp_path / "model.zarr", record)
 
 
 @pytest.mark.parametrize("name", marked(diffusers_classes()))
-def test_diffusers(name: str, tmp_path: Path, record_property: Record) -> None:
-    serve(name, diffusion.case_of, tmp_path / "model.zarr", record_property)
+def test_diffusers(name: str, tmp_path: Path, record: Record) -> None:
+    serve(name, diffusion.case_of, tmp_path / "model.zarr", record)
 
 
 @pytest.mark.parametrize("name", marked(torch_modules.classes(), "MultiheadAttention", "EmbeddingBag"))
-def test_torch_nn(name: str, tmp_path: Path, record_property: Record) -> None:
-    serve(name, torch_modules.case_of, tmp_path / "model.zarr", record_property)
+def test_torch_nn(name: str, tmp_path: Path, record: Record) -> None:
+    serve(name, torch_modules.case_of, tmp_path / "model.zarr", record)
 
 
 @pytest.mark.parametrize("name", marked(vision.names(), "efficientnet 0", "swin 0"))
-def test_vision_nets(name: str, tmp_path: Path, record_property: Record) -> None:
-    serve(name, vision.case_of, tmp_path / "model.zarr", record_property)
+def test_vision_nets(name: str, tmp_path: Path, record: Record) -> None:
+    serve(name, vision.case_of, tmp_path / "model.zarr", record)
 
 
 # The way from a config to a small one.

@@ -75,7 +75,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "residents",
         "skeleton",
     ),
-    "wiring": ("passes", "planner", "shared", "runtime"),
+    "wiring": ("passes", "serving", "planner", "shared", "runtime"),
     "top": ("testing", "demo", "cli", "__init__"),
 }
 """Every module, lowest first: each imports only what stands before it, in its own layer or below."""

@@ -72,7 +72,7 @@ def check(rt: litrt.Runtime, plain: nn.Module) -> None:
     read_in(rt, plain, 2)
     stats = rt.stats()
     assert stats.peak_bytes <= stats.budget_bytes
-    assert rt._arena.end <= rt._arena.limit_bytes
+    assert rt._pipeline.cache.arena.end <= rt._pipeline.cache.arena.limit_bytes
 
 
 DEVICES: dict[str, Any] = {"cpu": lambda: "cpu", "double": FakeDevice}
@@ -108,7 +108,7 @@ def test_what_stays_in_both_budgets_is_not_read_again(path: Path, plain: nn.Modu
                 for index in rt.plan.resident
                 if not rt.plan.segments[index].is_slot and rt.plan.segments[index].name not in stayed
             ]
-            ahead_bytes = rt._arena.held_bytes - rt.plan.resident_bytes
+            ahead_bytes = rt._pipeline.cache.arena.held_bytes - rt.plan.resident_bytes
             read = rt.stats().read_bytes - read_bytes
             assert read <= sum(part.fetch_bytes for part in more) + max(ahead_bytes, 0)
             check(rt, plain)

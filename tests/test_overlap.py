@@ -369,7 +369,7 @@ def test_reads_in_flight_have_places_of_their_own_within_the_budget(path: Path, 
     n_held = 5
     with open_chain(path, n_held) as rt:
         plan = rt.plan
-        arena = rt._arena
+        arena = rt._pipeline.cache.arena
         assert arena._memory is not None
         low = arena._memory.ctypes.data
         rt(sample())
