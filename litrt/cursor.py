@@ -13,7 +13,7 @@ class Cursor:
     costs one fault, and a skipped stretch (an early exit, a decoder called without its encoder) two.
 
     Args:
-        steps: The segments of every step of a pass.
+        steps: The segments of every step of a pass; where there are none, nothing is ever expected.
     """
 
     def __init__(self, steps: Sequence[tuple[int, ...]]) -> None:
@@ -27,13 +27,13 @@ class Cursor:
 
     @property
     def expected(self) -> tuple[int, ...]:
-        """The segments of the step that should come next."""
-        return self._steps[self.position % len(self._steps)]
+        """The segments of the step that should come next; none where there are no steps."""
+        return self._steps[self.step] if self._steps else ()
 
     @property
     def step(self) -> int:
         """The number of that step in its pass."""
-        return self.position % len(self._steps)
+        return self.position % len(self._steps) if self._steps else 0
 
     def match(self, segments: tuple[int, ...]) -> int | None:
         """Returns the absolute number of the step that `segments` are, and moves behind it, or None."""
@@ -52,7 +52,8 @@ class Cursor:
 
     def begin_pass(self) -> None:
         """Moves to the start of the next pass, unless a pass has just ended."""
-        self.position = -(-self.position // len(self._steps)) * len(self._steps)
+        n_steps = len(self._steps)
+        self.position = -(-self.position // n_steps) * n_steps if n_steps else 0
         self._elsewhere = None
 
     def _next_occurrence(self, segments: tuple[int, ...]) -> int | None:

@@ -14,7 +14,7 @@ class Follower:
     """The state of a plan that is being executed. Called under the pipeline's lock.
 
     Args:
-        plan: What to follow; it has steps.
+        plan: What to follow.
         cache: What is there.
         queue: Queues the reads of an entry, with a priority: the number of its load, counted from the start.
     """
@@ -80,6 +80,8 @@ class Follower:
     def _fetch(self, index: int, offset: int | None, held_until: int) -> None:
         """Issues a planned load, or takes over what is there."""
         entry = self._cache.entries[index]
+        if offset is not None and entry.is_loose and entry.block is not None and entry.block.offset != offset:
+            self._cache.let_go(entry)  # left there by another path, and in the way of what this plan puts there
         if entry.state is State.HELD:
             self._cache.revive(entry)
         if entry.state is State.ABSENT:

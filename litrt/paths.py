@@ -14,7 +14,7 @@ from litrt.plan import Plan
 from litrt.trace import Use
 
 _MOST_PATHS = 8
-"""Paths that have plans; the one that was taken least lately makes room."""
+"""Paths that have plans; the one that was taken least lately makes room, first of those that were not recorded."""
 
 _MOST_GUESSES = 256
 
@@ -111,8 +111,9 @@ class Paths:
             self._guesses.popitem(last=False)
 
     def _add(self, path: Path) -> None:
+        if len(self._paths) == _MOST_PATHS:
+            self._paths.remove(next((old for old in self._paths if old.uses is None), self._paths[0]))
         self._paths.append(path)
-        del self._paths[:-_MOST_PATHS]
         self._forget_unknown()
 
     def _forget_unknown(self) -> None:

@@ -115,7 +115,7 @@ class Pipeline:
         self._parts = Parts(self.cache, loader)
         self._closed = False
         self._plan: Plan | None = None
-        self._follower: Follower | None = None  # where the plan has steps
+        self._follower: Follower | None = None  # of the plan, if that is to be followed
         self._clock = 0
         self._log = PassLog()
         self._ended_s: Any = 0.0
@@ -289,8 +289,8 @@ class Pipeline:
         if step is None and self._strict:
             wanted, used = (tuple(self._entries[index].segment.name for index in part) for part in (expected, streamed))
             raise TraceMismatchError(
-                f"step {number} of the trace uses {', '.join(wanted)}, but {', '.join(used)} was used: call warmup() "
-                "with an input that takes the same path, or use strict=False.",
+                f"step {number} of the trace uses {', '.join(wanted) or 'nothing that streams'}, but {', '.join(used)} "
+                "was used: call warmup() with an input that takes the same path, or use strict=False.",
                 expected=wanted,
                 actual=used,
                 step=number,
@@ -407,7 +407,7 @@ class Pipeline:
                     entry.copied = None
             self._loader.follow(plan)
             self._plan = plan
-            if plan.steps and plan.policy != "lru":
+            if plan.policy != "lru":
                 self._follower = Follower(plan, self.cache, self._queue_reads)
                 self._follower.advance()
 

@@ -2,7 +2,8 @@
 
 Passes of one model differ: a decoder is called with its encoder and without, a branch is taken or not. Each such path
 has a plan of its own for what streams. What stays is the same for all of them, chosen for the paths that were warmed
-up, one after the other: to turn from one to another loads nothing that stays.
+up, one after the other: to turn from one to another loads nothing that stays. Where passes keep to a path that was not,
+one of them is recorded, and what stays is chosen anew.
 
 Called between passes, by one thread at a time.
 """
@@ -10,6 +11,7 @@ Called between passes, by one thread at a time.
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
@@ -26,6 +28,12 @@ from litrt.residents import Residents
 from litrt.tables import with_room
 from litrt.trace import Trace, Use
 from litrt.units import format_bytes
+
+_PERSISTENT = 8
+"""Passes on a path that was not recorded, less those on others, after which it is."""
+
+_MOST_STRAYED = 16
+"""Passes that strayed to remember, in case another one does the same."""
 
 _RESERVE_BYTES = 512 << 20
 """Memory of a device that a budget of "auto" leaves free, beside the activations of the warm-up."""
@@ -71,7 +79,8 @@ class Planner:
         self._activation_bytes = 0
         self._paths = Paths()
         self._path: Path | None = None  # whose plan is followed
-        self._strayed: Sequence[Use] = ()
+        self._strayed: OrderedDict[tuple[tuple[int, ...], ...], None] = OrderedDict()  # what passes have used
+        self._n_unrecorded = 0  # passes on paths that were not recorded, less those on others
         self._is_settled = False
 
     @property
@@ -113,7 +122,8 @@ class Planner:
         if not self._device.is_host and self.settled.growable:
             self._pipeline.resize(self._grown_bytes(self.settled))
         self._paths.record(uses, signature)
-        self._strayed = ()
+        self._strayed.clear()
+        self._n_unrecorded = 0
         self._is_settled = False
         self._follow_all(self._plans(self.settled, self._arena.limit_bytes))
 
@@ -196,10 +206,14 @@ class Planner:
             self._pipeline.start(path.plan)
 
     def expect(self, signature: Hashable) -> None:
-        """Turns to the path that a pass with such inputs will probably take."""
+        """Turns to the path that a pass with such inputs will probably take, or prepares to record it."""
         if len(self._paths) > 1 and self._path is not None:
             path = self._paths.expected(signature)
-            if path is not None:
+            if path is None:
+                return
+            if self._n_unrecorded >= _PERSISTENT and path.uses is None and path.plan is not None and path.plan.steps:
+                self.begin()
+            else:
                 self._turn_to(path)
 
     def ended(self, n_mismatches: int, signature: Hashable) -> None:
@@ -209,25 +223,32 @@ class Planner:
         elif n_mismatches:
             self._learn(self._pipeline.uses(), signature)
         else:
-            self._strayed = ()
             path = self._path
             self._measure(path)
             if len(self._paths) > 1:
-                self._turn_to(self._paths.took(path, signature))
+                self._took(path, signature)
 
     def _learn(self, uses: Sequence[Use], signature: Hashable) -> None:
-        """Finds the path that a pass has strayed to; it is a new one once two in a row have strayed in the same way."""
-        before, self._strayed = self._strayed, uses
+        """Finds the path that a pass has strayed to; it is a new one once two passes have strayed in the same way."""
         path = self._paths.find(uses)
         if path is None:
             if self._policy != "belady" or self.plan is None:
                 return
-            if [use.segments for use in uses] != [use.segments for use in before]:
+            key = tuple(use.segments for use in uses)
+            if key not in self._strayed:
+                self._strayed[key] = None
+                if len(self._strayed) > _MOST_STRAYED:
+                    self._strayed.popitem(last=False)
                 return
+            del self._strayed[key]
             made = replan(self.plan, uses, self._arena.limit_bytes)
             # Of what was gathered, rows are to be had on this path as well.
             path = self._paths.stray(replace(made, tables=(*dict.fromkeys((*self.plan.tables, *made.tables)),)))
-        self._strayed = ()
+        self._took(path, signature)
+
+    def _took(self, path: Path, signature: Hashable) -> None:
+        """Notes which path a pass with such inputs took, and turns to the one that will probably come next."""
+        self._n_unrecorded = max(self._n_unrecorded + (1 if path.uses is None else -1), 0)
         self._turn_to(self._paths.took(path, signature))
 
     def _measure(self, path: Path) -> None:
@@ -277,6 +298,7 @@ class Planner:
             limit_bytes = self._grown_bytes(settled) if settled.is_auto else self.least_bytes(settled)
         plans = self._plans(settled, limit_bytes) if self._paths.recorded else []
         self._paths.forget_strayed()
+        self._strayed.clear()
         before = [(path, path.plan) for path in self._paths.recorded]
         was = self.settled, self._arena.limit_bytes, self._pipeline.n_threads
         was_following = self._path is not None

@@ -141,3 +141,13 @@ def test_a_whole_pass_is_matched_again_after_any_surprises(
     cursor.begin_pass()
     start = cursor.position
     assert [cursor.match(segments) for segments in steps] == list(range(start, start + len(steps)))
+
+
+def test_without_steps_nothing_is_expected() -> None:
+    cursor = Cursor([])
+    cursor.begin_pass()
+    assert cursor.expected == ()
+    assert cursor.step == 0
+    assert cursor.match((1,)) is None
+    assert cursor.match((1,)) is None
+    assert cursor.n_mismatches == 2

@@ -140,6 +140,24 @@ def test_other_models_write_the_same(name: str, prepared: Callable[[str], Prepar
     check(prepared(name), WAYS["beams"], budgets=("min", "50%"))
 
 
+@pytest.mark.parametrize(("name", "encoder"), [("t5", "encoder"), ("bart", "model.encoder")])
+def test_an_encoder_that_was_warmed_up_is_read_ahead(
+    name: str, encoder: str, prepared: Callable[[str], Prepared]
+) -> None:
+    model = prepared(name)
+    expected = write(model.plain, model.inputs)
+    faults = []
+    for methods in ([], [encoder]):
+        with model.runtime("50%") as rt:
+            for method in methods:
+                rt.warmup(**model.inputs, method=method)
+            for _ in range(6):  # then every path has its plan
+                before = rt.stats()
+                assert_same(write(rt.module, model.inputs), expected)
+            faults.append(rt.stats().since(before).n_faults)
+    assert faults[0] > 4 * faults[1]
+
+
 def test_drafts_are_checked_in_the_same_way(prepared: Callable[[str], Prepared]) -> None:
     model, assistant = prepared("llama"), prepared("gptj")
     one = {name: value[:1] for name, value in model.inputs.items()}

@@ -103,6 +103,60 @@ def test_a_path_that_passes_turn_to_gets_a_plan_and_the_others_keep_theirs(path:
 
 
 @pytest.mark.usefixtures("poisoned")
+def test_a_path_that_is_taken_now_and_then_gets_a_plan(path: File, plain: nn.Module) -> None:
+    with litrt.Runtime(Net, path, budget="40%") as rt:
+        rt.warmup(X, **PATHS["with encoder"])
+        assert run(rt, plain, "with extra").n_faults > 0
+        run(rt, plain, "decode")
+        run(rt, plain, "with encoder")
+        run(rt, plain, "with extra")
+        assert run(rt, plain, "with extra").n_faults == 0
+
+
+class Halves(Net):
+    """One half of it is called, or the other."""
+
+    def forward(self, x: torch.Tensor, *_: Any, second: bool = False, **__: Any) -> torch.Tensor:
+        for layer in self.decoder if second else self.encoder:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_stays_is_chosen_anew_where_passes_keep_to_another_path(device: str, make_store: MakeStore) -> None:
+    with seeded():
+        plain = Halves().eval()
+    with (
+        litrt.Runtime(Halves, make_store(plain), budget="45%", device=DEVICES[device]()) as rt,
+        torch.no_grad(),
+    ):
+        rt.warmup(X)
+        assert not rt.plan.streamed_bytes
+        assert all(rt.plan.segments[index].name.startswith("encoder") for index in rt.plan.resident)
+        expected = plain(X, second=True)
+        for _ in range(14):
+            before = rt.stats()
+            assert torch.equal(rt(X, second=True), expected)
+        assert rt.stats().since(before).n_faults == 0
+        assert any(rt.plan.segments[index].name.startswith("decoder") for index in rt.plan.resident)
+        assert torch.equal(rt(X), plain(X))
+        assert rt.stats().peak_bytes <= rt.stats().budget_bytes
+
+
+def test_a_path_beside_a_plan_in_which_all_stays_is_a_mismatch(make_store: MakeStore) -> None:
+    with seeded():
+        plain = Halves().eval()
+    with litrt.Runtime(Halves, make_store(plain), budget="45%", strict=True) as rt:
+        rt.warmup(X)
+        with pytest.raises(
+            litrt.TraceMismatchError, match=r"step 0 of the trace uses nothing that streams, but decoder"
+        ):
+            rt(X, second=True)
+        assert torch.equal(rt(X), plain(X))
+
+
+@pytest.mark.usefixtures("poisoned")
 def test_a_second_warm_up_reads_only_what_did_not_stay(path: File, plain: nn.Module) -> None:
     with litrt.Runtime(Net, path, budget="80%") as rt:
         rt.warmup(X)
