@@ -141,7 +141,7 @@ def small(kind: type[nn.Module], model_type: str, limit_s: float = 30, mend: boo
             if time.monotonic() > end_s:
                 raise NotBuilt(_summary(reasons))
             found: list[str] = []
-            if (case := _attempt(kind, model_type, changed, found, 5 if mend else 16)) is not None:
+            if (case := _attempt(kind, model_type, changed, found, 5 if mend else 16, end_s)) is not None:
                 return case
             if mend and found[0].startswith("forward") and found[0] not in reasons and len(waiting) < 6:
                 waiting.append(changed)  # it goes further, or elsewhere
@@ -150,7 +150,7 @@ def small(kind: type[nn.Module], model_type: str, limit_s: float = 30, mend: boo
 
 
 def _attempt(
-    kind: type[nn.Module], model_type: str, arguments: dict[str, Any], reasons: list[str], n_tries: int
+    kind: type[nn.Module], model_type: str, arguments: dict[str, Any], reasons: list[str], n_tries: int, end_s: float
 ) -> Case | None:
     """Returns a class as a case if it runs with a config of `arguments`; adds the reasons why it does not."""
     try:
@@ -181,17 +181,17 @@ def _attempt(
     except Exception as error:
         reasons.append(_brief("constructor", error))
         return None
-    hints = _hints(model, reasons, RULES.get(model_type, {}).get("hints", Hints()), n_tries)
+    hints = _hints(model, reasons, RULES.get(model_type, {}).get("hints", Hints()), n_tries, end_s)
     if hints is None:
         return None
     made = [inputs_of(model, hints), _other(model, hints)]
     return Case(f"{model_type}: {kind.__name__}", family(kind), construct, made.__getitem__)
 
 
-def _hints(model: nn.Module, reasons: list[str], first: Hints, n_tries: int) -> Hints | None:
+def _hints(model: nn.Module, reasons: list[str], first: Hints, n_tries: int, end_s: float) -> Hints | None:
     waiting, tried = [first], set()
     known = [name for name in inspect.signature(model.forward).parameters if name in MAKERS]
-    while waiting and len(tried) < n_tries:
+    while waiting and len(tried) < n_tries and (not tried or time.monotonic() < end_s):
         hints = waiting.pop(0)
         if hints in tried or (hints.books and not has_books(model)):
             continue

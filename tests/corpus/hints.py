@@ -106,6 +106,8 @@ def learnt(hints: Hints, message: str, given: Inputs, known: Collection[str]) ->
             if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[-1] * wanted % got == 0:
                 width = value.shape[-1] * wanted // got
                 yield replace(hints, widths=(*(pair for pair in hints.widths if pair[0] != name), (name, width)))
+    if "shape mismatch" in message and "input_features" in given and not hints.n_sounds:
+        yield replace(hints, n_sounds=1)
     if "pixel_values" in given and "input_ids" in given and not hints.n_placeholders and "tokens" not in message:
         yield replace(hints, n_placeholders=16)
     for name in _OPTIONAL & given.keys():
@@ -114,11 +116,17 @@ def learnt(hints: Hints, message: str, given: Inputs, known: Collection[str]) ->
         for name in known:
             if name not in given and name not in hints.without and name != "inputs_embeds":
                 yield replace(hints, also=hints.also | {name})
-    if re.search(r"shape|dimension|unpack|size|NoneType", message):
-        if not hints.books and {"input_ids", "decoder_input_ids"} & given.keys():
-            for books in ("rows", "first", "last"):
-                yield replace(hints, books=books)
-        if not hints.layout and "pixel_values" in given:
+    if (
+        re.search(r"shape|size|unpack", message)
+        and not hints.books
+        and {"input_ids", "decoder_input_ids"} & given.keys()
+    ):
+        for books in ("rows", "first", "last"):
+            yield replace(hints, books=books)
+    if re.search(r"unpack|[34]D|[Dd]imension|channels|multiplied|normalized|split_with|None", message):
+        if "input_features" in given and not hints.channels:
+            yield replace(hints, channels=-2)
+        if "pixel_values" in given and not hints.layout:
             for layout in LAYOUTS:
                 yield replace(hints, layout=layout)
     if {"pixel_values", "input_ids"} <= given.keys() and given.keys() & {"input_features", "input_values"}:

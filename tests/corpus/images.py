@@ -54,7 +54,7 @@ def _layout(m: Maker) -> str:
         return "patches"
     if m.has("aspect_ratio_ids"):
         return "aspects"
-    if m.has("image_sizes") and "next" in kind.lower():
+    if m.has("image_sizes") and find(m.config, "image_grid_pinpoints") is not None:
         return "next"
     if m.has("pixel_attention_mask", "image_attention_mask"):
         return "tiles"

@@ -382,5 +382,13 @@ def _kept(arguments: Mapping[str, Any], default: Any) -> Iterator[tuple[str, dic
         if isinstance(value, dict) and is_config(before):
             for inner, others in _kept(value, before):
                 yield inner, {**arguments, name: others}
-        elif name != "model_type" and before is not None and before != value:
+        elif name != "model_type" and before is not None and before != value and not _is_long(name, before):
             yield name, {**arguments, name: before}
+
+
+def _is_long(name: str, value: object) -> bool:
+    """Says whether a size makes inputs so large that a pass takes long."""
+    largest = max(value, default=0) if isinstance(value, list | tuple) and all(type(v) is int for v in value) else value
+    return bool(re.search(r"image|img|input_size|frames|length|position", name)) and (
+        isinstance(largest, int) and largest > 256
+    )

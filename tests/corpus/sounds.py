@@ -34,6 +34,8 @@ def _channels_first(m: Maker) -> bool:
 
 def _spectra(m: Maker) -> torch.Tensor:
     n_frames = min(m.hints.n_frames or 2 * find(m.config, "max_source_positions", default=32), 3000)
+    if m.hints.channels == -2:
+        return m.noise(m.n, 1, n_frames, _bins(m))
     return m.noise(m.n, _bins(m), n_frames) if _channels_first(m) else m.noise(m.n, n_frames, _bins(m))
 
 
