@@ -10,7 +10,18 @@ import torch
 
 from corpus.case import Inputs
 
-LAYOUTS = ("images", "frames", "tiles", "patches", "patches of each", "squares", "squares of each", "pairs", "packed")
+LAYOUTS = (
+    "images",
+    "frames of all",
+    "frames",
+    "tiles",
+    "patches",
+    "patches of each",
+    "squares",
+    "squares of each",
+    "pairs",
+    "packed",
+)
 """How the pixels of images may be laid out, to be tried where a model does not take what its arguments tell."""
 
 

@@ -33,6 +33,7 @@ def _pixel_values(m: Maker) -> torch.Tensor:
     shapes = {
         "images": (m.n, *image),
         "frames": (m.n, n_frames, *image),
+        "frames of all": (m.n * n_frames, *image),
         "tiles": (m.n, 1, *image),
         "patches": (m.n * 16, width),
         "patches of each": (m.n, 16, width),
