@@ -7,7 +7,6 @@ import importlib
 import inspect
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,8 @@ from corpus.case import Case, Inputs, NotBuilt, outputs, seeded
 from corpus.hints import Hints, learnt, second
 from corpus.inputs import MAKERS, inputs_of
 from corpus.rules import RULES
-from corpus.shrink import Sizes, shrunk
+from corpus.shrink import Sizes, kept, shrunk
+from corpus.texts import has_books
 
 MOST_BYTES = 24 << 20
 """Weights of a model that counts as small."""
@@ -30,9 +30,13 @@ _SIZES = (
     Sizes(width=64, image=64),
     Sizes(lists=False, image=64),
     Sizes(unknown=False),
+    Sizes(parts=True),
+    Sizes(even=True, image=64),
     Sizes(width=64, unknown=False, image=128),
     Sizes(width=64, unknown=False, lists=False, image=224),
 )
+
+_MENDED = (Sizes(), Sizes(even=True, image=64), Sizes(image=64))
 
 _HEADS = (
     "ForConditionalGeneration",
@@ -115,68 +119,81 @@ def _merged(arguments: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _small_configs(kind: type[nn.Module], model_type: str) -> Iterator[Any]:
-    config_class: Any = kind.config_class
-    rule = RULES.get(model_type, {})
-    for sizes in _SIZES:
-        try:
-            default = config_class(**rule.get("with", {}))
-            arguments = _merged(shrunk(default, sizes), rule.get("set", {}))
-            yield config_class(**arguments)
-        except Exception as error:
-            yield error
-
-
-def small(kind: type[nn.Module], model_type: str, limit_s: float = 30) -> Case:
+def small(kind: type[nn.Module], model_type: str, limit_s: float = 30, mend: bool = False) -> Case:
     """Returns a class as a case: the first way to make it small in which the plain model runs.
+
+    With `mend`, one of the sizes is left as it is: it may be another one than its rule takes it for.
 
     Raises:
         NotBuilt: If there is none.
     """
+    config_class: Any = kind.config_class
+    try:
+        default = config_class(**RULES.get(model_type, {}).get("with", {}))
+    except Exception as error:
+        raise NotBuilt(_brief("config", error)) from None
+    rule = RULES.get(model_type, {}).get("set", {})
+    waiting = [_merged(shrunk(default, sizes), rule) for sizes in (_MENDED if mend else _SIZES)]
     reasons: list[str] = []
     end_s = time.monotonic() + limit_s
-    for config in _small_configs(kind, model_type):
-        if time.monotonic() > end_s:
-            reasons.append("no more time")
-            break
-        if isinstance(config, Exception):
-            reasons.append(_brief("config", config))
-            continue
-        try:
-            with torch.device("meta"):
-                n_bytes = sum(p.nbytes for p in kind(config).parameters())
-            if n_bytes > MOST_BYTES:
-                raise NotBuilt(f"{n_bytes / 1e6:.0f} MB of weights")
-        except NotBuilt as error:
-            reasons.append(str(error))
-            continue
-        except Exception:
-            pass  # a constructor that needs values
-        construct = functools.partial(kind, config)
-        try:
-            with seeded():
-                model = construct().eval()
-            n_bytes = sum(p.nbytes for p in model.parameters())
-            if n_bytes > MOST_BYTES:
-                raise NotBuilt(f"{n_bytes / 1e6:.0f} MB of weights")
-            if n_bytes == 0:
-                raise NotBuilt("it has no weights")
-        except Exception as error:
-            reasons.append(_brief("constructor", error))
-            continue
-        hints = _hints(model, reasons, RULES.get(model_type, {}).get("hints", Hints()))
-        if hints is None:
-            continue
-        made = [inputs_of(model, hints), _other(model, hints)]
-        return Case(f"{model_type}: {kind.__name__}", family(kind), construct, made.__getitem__)
+    for arguments in waiting:
+        for changed in kept(arguments, default, reasons) if mend else (arguments,):
+            if time.monotonic() > end_s:
+                raise NotBuilt(_summary(reasons))
+            found: list[str] = []
+            if (case := _attempt(kind, model_type, changed, found, 5 if mend else 16, end_s)) is not None:
+                return case
+            if mend and found[0].startswith("forward") and found[0] not in reasons and len(waiting) < 6:
+                waiting.append(changed)  # it goes further, or elsewhere
+            reasons += found
     raise NotBuilt(_summary(reasons))
 
 
-def _hints(model: nn.Module, reasons: list[str], first: Hints) -> Hints | None:
+def _attempt(
+    kind: type[nn.Module], model_type: str, arguments: dict[str, Any], reasons: list[str], n_tries: int, end_s: float
+) -> Case | None:
+    """Returns a class as a case if it runs with a config of `arguments`; adds the reasons why it does not."""
+    try:
+        config_class: Any = kind.config_class
+        config = config_class(**arguments)
+    except Exception as error:
+        reasons.append(_brief("config", error))
+        return None
+    try:
+        with torch.device("meta"):
+            n_bytes = sum(p.nbytes for p in kind(config).parameters())
+    except Exception:
+        n_bytes = 0  # a constructor that needs values
+    construct = functools.partial(kind, config)
+    try:
+        if n_bytes > MOST_BYTES:
+            raise NotBuilt(f"{n_bytes / 1e6:.0f} MB of weights")
+        with seeded():
+            model = construct().eval()
+        n_bytes = sum(p.nbytes for p in model.parameters())
+        if n_bytes > MOST_BYTES:
+            raise NotBuilt(f"{n_bytes / 1e6:.0f} MB of weights")
+        if n_bytes == 0:
+            raise NotBuilt("it has no weights")
+    except NotBuilt as error:
+        reasons.append(str(error))
+        return None
+    except Exception as error:
+        reasons.append(_brief("constructor", error))
+        return None
+    hints = _hints(model, reasons, RULES.get(model_type, {}).get("hints", Hints()), n_tries, end_s)
+    if hints is None:
+        return None
+    made = [inputs_of(model, hints), _other(model, hints)]
+    return Case(f"{model_type}: {kind.__name__}", family(kind), construct, made.__getitem__)
+
+
+def _hints(model: nn.Module, reasons: list[str], first: Hints, n_tries: int, end_s: float) -> Hints | None:
     waiting, tried = [first], set()
-    while waiting and len(tried) < 10:
+    known = [name for name in inspect.signature(model.forward).parameters if name in MAKERS]
+    while waiting and len(tried) < n_tries and (not tried or time.monotonic() < end_s):
         hints = waiting.pop(0)
-        if hints in tried:
+        if hints in tried or (hints.books and not has_books(model)):
             continue
         tried.add(hints)
         given: Inputs = {}
@@ -191,7 +208,7 @@ def _hints(model: nn.Module, reasons: list[str], first: Hints) -> Hints | None:
             return hints
         except Exception as error:
             reasons.append(_brief("forward", error))
-            waiting[:0] = learnt(hints, str(error), given, MAKERS)
+            waiting[:0] = learnt(hints, str(error), given, known)
     return None
 
 
@@ -224,9 +241,13 @@ def case_of(model_type: str, limit_s: float = 10) -> Case:
         NotBuilt: If there is none.
     """
     reasons = []
-    for kind in classes(model_type)[:4]:
-        try:
-            return small(kind, model_type, limit_s)
-        except NotBuilt as error:
-            reasons.append(f"{kind.__name__}: {error}")
+    kinds = classes(model_type)
+    for mend, n_kinds in ((False, 4), (True, 2)):
+        for kind in kinds[:n_kinds]:
+            try:
+                return small(kind, model_type, limit_s, mend)
+            except NotBuilt as error:
+                reasons.append(f"{kind.__name__}: {error}")
+        if any("no rule for its input" in reason for reason in reasons[:1]):
+            break
     raise NotBuilt(reasons[0] if reasons else "no class of a model belongs to its config")

@@ -92,5 +92,6 @@ RULES: dict[str, dict[str, Any]] = {
             }
         }
     },
+    "lw_detr": {"set": {"projector_scale_factors": [1.0]}},
     "univnet": {"set": {"model_in_channels": 8, "model_hidden_channels": 8, "kernel_predictor_hidden_channels": 8}},
 }
