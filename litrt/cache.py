@@ -348,14 +348,14 @@ class Cache:
                 # Tensors over released blocks may be waiting for the cycle collector.
                 collected = True
                 gc.collect()
-                self.reap()
+                self._evict_held()
             elif not self._evict_one_resident() and not self._grow(segment):
                 if self.is_watched():
                     raise Crowded
                 if is_last:
                     self._refuse(segment)
                 is_last = True  # somebody may have let go of something just before that look
-                self.reap()
+                self._evict_held()
         return False
 
     def _taken(self, entry: Entry, block: Block | None) -> bool:
@@ -389,6 +389,13 @@ class Cache:
                 self.let_go(entry)
                 return True
         return False
+
+    def _evict_held(self) -> None:
+        """Frees held blocks over which a plain tensor still is, as somebody computed with it when it was to go."""
+        for index, entry in enumerate(self.entries):
+            if entry.state is State.HELD:
+                self.evict_resident(index)
+        self.reap()
 
     def _grow(self, segment: Segment) -> bool:
         """Raises the limit of a growable arena so that `segment` fits; says whether it could."""

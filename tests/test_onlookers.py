@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -111,6 +112,27 @@ def test_what_is_let_go_of_at_the_last_moment_is_no_error(plain: nn.Module, make
         cache.is_watched = let_go_and_look
         assert torch.equal(rt.module.wide(X), plain.wide(X))
         assert not held
+
+
+@pytest.mark.usefixtures("poisoned")
+@torch.no_grad()
+def test_a_weight_that_could_not_make_room_before_does_once_it_can(plain: nn.Module, make_store: MakeStore) -> None:
+    with litrt.Runtime(Net, make_store(plain), budget=4 * WIDTH * WIDTH * 4) as rt:
+        rt.warmup(X)
+        held = [weakref.ref(rt.module.slow.linear.weight)]  # as good as a thread that computes with it
+        rt._planner.begin()
+        assert type(rt.module.slow.linear.weight) is nn.Parameter, "it could not be put back"
+        cache = rt._pipeline.cache
+        look = cache.is_watched
+
+        def be_done_and_look() -> bool:
+            held.clear()
+            return look()
+
+        cache.is_watched = be_done_and_look
+        assert torch.equal(rt.module.wide(X), plain.wide(X))
+        assert not held
+        assert torch.equal(rt(X), plain(X))
 
 
 def in_thread(work: Callable[[], object], began: threading.Event, go_on: threading.Event, looks: Onlookers) -> bool:
