@@ -135,10 +135,10 @@ def small(kind: type[nn.Module], model_type: str, limit_s: float = 30, mend: boo
     rule = RULES.get(model_type, {}).get("set", {})
     waiting = [_merged(shrunk(default, sizes), rule) for sizes in (_MENDED if mend else _SIZES)]
     reasons: list[str] = []
-    end_s = time.monotonic() + limit_s
+    end_s = time.process_time() + limit_s
     for arguments in waiting:
         for changed in kept(arguments, default, reasons) if mend else (arguments,):
-            if time.monotonic() > end_s:
+            if time.process_time() > end_s:
                 raise NotBuilt(_summary(reasons))
             found: list[str] = []
             if (case := _attempt(kind, model_type, changed, found, 5 if mend else 16, end_s)) is not None:
@@ -191,7 +191,7 @@ def _attempt(
 def _hints(model: nn.Module, reasons: list[str], first: Hints, n_tries: int, end_s: float) -> Hints | None:
     waiting, tried = [first], set()
     known = [name for name in inspect.signature(model.forward).parameters if name in MAKERS]
-    while waiting and len(tried) < n_tries and (not tried or time.monotonic() < end_s):
+    while waiting and len(tried) < n_tries and (not tried or time.process_time() < end_s):
         hints = waiting.pop(0)
         if hints in tried or (hints.books and not has_books(model)):
             continue
@@ -234,18 +234,26 @@ def _summary(reasons: list[str]) -> str:
     return unique[0] if unique else "nothing to try"
 
 
-def case_of(model_type: str, limit_s: float = 10) -> Case:
+def case_of(model_type: str, limit_s: float = 20) -> Case:
     """Returns a model type as a case, by the first of its classes that can be made small.
+
+    Args:
+        model_type: Its name.
+        limit_s: Seconds of the processor that all its classes together may take, half of it for the first one.
 
     Raises:
         NotBuilt: If there is none.
     """
     reasons = []
     kinds = classes(model_type)
+    end_s = time.process_time() + limit_s
     for mend, n_kinds in ((False, 4), (True, 2)):
         for kind in kinds[:n_kinds]:
+            left_s = end_s - time.process_time()
+            if reasons and left_s <= 0:
+                break
             try:
-                return small(kind, model_type, limit_s, mend)
+                return small(kind, model_type, min(left_s, limit_s / 2), mend)
             except NotBuilt as error:
                 reasons.append(f"{kind.__name__}: {error}")
         if any("no rule for its input" in reason for reason in reasons[:1]):
