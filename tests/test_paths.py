@@ -223,7 +223,10 @@ def test_paths_that_are_taken_least_lately_are_forgotten_with_what_was_guessed_o
     assert paths.expected("looks 0") is None
     assert paths.expected("looks 11") is made[11]
     assert paths.took(made[4], "looks 4") is made[4]
-    paths.stray(make_plan(trace(5, 4, 3), 300))
+    for order in ((5, 4, 3), (3, 4, 5), (5, 3, 4)):
+        paths.stray(make_plan(trace(*order), 300))
+        assert len(paths) == 8
+        assert len(paths.recorded) == 7, "what was not recorded makes room first"
     assert made[4] in paths.recorded
     paths.forget_strayed()
     assert len(paths) == 7
