@@ -20,6 +20,7 @@ class Cursor:
         self.position = 0
         self.n_mismatches = 0
         self._steps = tuple(steps)
+        self._n_steps = max(len(self._steps), 1)  # positions of a pass
         self._elsewhere: int | None = None
         self._occurrences: dict[tuple[int, ...], list[int]] = {}
         for number, segments in enumerate(self._steps):
@@ -33,7 +34,7 @@ class Cursor:
     @property
     def step(self) -> int:
         """The number of that step in its pass."""
-        return self.position % len(self._steps) if self._steps else 0
+        return self.position % self._n_steps
 
     def match(self, segments: tuple[int, ...]) -> int | None:
         """Returns the absolute number of the step that `segments` are, and moves behind it, or None."""
@@ -52,15 +53,13 @@ class Cursor:
 
     def begin_pass(self) -> None:
         """Moves to the start of the next pass, unless a pass has just ended."""
-        n_steps = len(self._steps)
-        self.position = -(-self.position // n_steps) * n_steps if n_steps else 0
+        self.position = -(-self.position // self._n_steps) * self._n_steps
         self._elsewhere = None
 
     def _next_occurrence(self, segments: tuple[int, ...]) -> int | None:
-        n_steps = len(self._steps)
         numbers = self._occurrences.get(segments)
         if not numbers:
             return None
-        start = self.position % n_steps
-        distance = min((number - start) % n_steps for number in numbers)
+        start = self.step
+        distance = min((number - start) % self._n_steps for number in numbers)
         return self.position + distance

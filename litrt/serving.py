@@ -179,15 +179,15 @@ def _serve_from_store(
     # Of the largest that any budget can ask for, the host gives what is written to.
     arena = Arena(weights.device, settled.most_bytes, settled.arena_bytes)
     return Serving(
-        _pipeline(weights, settled, loader, arena, tuning.n_threads, strict=strict),
-        loader,
-        None,
-        budget,
-        settled,
-        tuning.n_threads,
-        n_threads is not None,
-        scratch_bytes,
-        tuning.bandwidth_bps or 0.0,
+        pipeline=_pipeline(weights, settled, loader, arena, tuning.n_threads, strict=strict),
+        loader=loader,
+        host=None,
+        budget=budget,
+        settled=settled,
+        n_threads=tuning.n_threads,
+        is_n_threads_fixed=n_threads is not None,
+        scratch_bytes=scratch_bytes,
+        bandwidth_bps=tuning.bandwidth_bps or 0.0,
     )
 
 
@@ -210,8 +210,17 @@ def _serve_over_link(
         capacity_bytes = min(settled.most_bytes, int(device.free_bytes() * _WARMUP_SHARE))
     arena = Arena(device, capacity_bytes, settled.arena_bytes)
     host.open(weights.matrices, settled.arena_bytes)
-    pipeline = _pipeline(weights, settled, loader, arena, 1, strict=strict)
-    return Serving(pipeline, loader, host, budget, settled, 1, True, loader.scratch_bytes, 0.0)
+    return Serving(
+        pipeline=_pipeline(weights, settled, loader, arena, 1, strict=strict),
+        loader=loader,
+        host=host,
+        budget=budget,
+        settled=settled,
+        n_threads=1,
+        is_n_threads_fixed=True,
+        scratch_bytes=loader.scratch_bytes,
+        bandwidth_bps=0.0,
+    )
 
 
 def _pipeline(

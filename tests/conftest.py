@@ -37,7 +37,7 @@ settings.load_profile("same")
 
 
 def pytest_collection_finish() -> None:
-    """Keeps what was imported for the tests out of what the runtime looks through for tensors, test by test."""
+    """Keeps what was imported for the tests out of what the cycle collector looks through, test by test."""
     gc.collect()
     gc.freeze()
 

@@ -96,20 +96,25 @@ def test_what_is_held_without_computing_is_an_error_at_once(plain: nn.Module, ma
         assert torch.equal(row, plain.slow.linear.weight[0])
 
 
+def before_a_look(rt: litrt.Runtime, do: Callable[[], object]) -> None:
+    """Does something whenever the runtime is about to look whether other threads are in the way."""
+    cache = rt._pipeline.cache
+    look = cache.is_watched
+
+    def do_and_look() -> bool:
+        do()
+        return look()
+
+    cache.is_watched = do_and_look
+
+
 @pytest.mark.usefixtures("poisoned")
 @torch.no_grad()
 def test_what_is_let_go_of_at_the_last_moment_is_no_error(plain: nn.Module, make_store: MakeStore) -> None:
     with litrt.Runtime(Net, make_store(plain), budget=4 * WIDTH * WIDTH * 4) as rt:
         rt.warmup(X)
         held = [rt.module.slow.linear.weight.detach()[0]]
-        cache = rt._pipeline.cache
-        look = cache.is_watched
-
-        def let_go_and_look() -> bool:
-            held.clear()
-            return look()
-
-        cache.is_watched = let_go_and_look
+        before_a_look(rt, held.clear)
         assert torch.equal(rt.module.wide(X), plain.wide(X))
         assert not held
 
@@ -122,14 +127,7 @@ def test_a_weight_that_could_not_make_room_before_does_once_it_can(plain: nn.Mod
         held = [weakref.ref(rt.module.slow.linear.weight)]  # as good as a thread that computes with it
         rt._planner.begin()
         assert type(rt.module.slow.linear.weight) is nn.Parameter, "it could not be put back"
-        cache = rt._pipeline.cache
-        look = cache.is_watched
-
-        def be_done_and_look() -> bool:
-            held.clear()
-            return look()
-
-        cache.is_watched = be_done_and_look
+        before_a_look(rt, held.clear)
         assert torch.equal(rt.module.wide(X), plain.wide(X))
         assert not held
         assert torch.equal(rt(X), plain(X))
