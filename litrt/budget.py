@@ -75,6 +75,7 @@ def settle(
     scratch_bytes: int,
     slot_bytes: dict[str, int],
     *,
+    of_rows: Set[str],
     stored: Sequence[TensorInfo] | None = None,
     device: Device | None = None,
 ) -> Budget:
@@ -84,7 +85,8 @@ def settle(
         budget: As in `litrt.Runtime`.
         infos: The distinct weights of the model.
         scratch_bytes: What loads need beside the arena.
-        slot_bytes: Names of tables of which rows may be gathered, to the bytes of what is there at once at least.
+        slot_bytes: Names of those of which parts may be there, to the bytes of what is there at once at least.
+        of_rows: Those of them of which operators take rows, and never all.
         stored: The weights as they are in the store, where some are served in another dtype.
         device: Where the arena is; by default in memory of the host.
 
@@ -95,8 +97,8 @@ def settle(
     on_host = device is None or device.is_host
     segments = as_segments(infos, stored, None if on_host or device is None else device.align_bytes)
     # Rows of a matrix come by way of the host, so that a device needs no room for them.
-    stacks = {info.name for info in infos if len(info.shape) > 2}
-    slot = slot_segment(n_bytes for name, n_bytes in slot_bytes.items() if on_host or name in stacks)
+    by_host = set() if on_host else {info.name for info in infos if info.name in of_rows and len(info.shape) == 2}
+    slot = slot_segment(n_bytes for name, n_bytes in slot_bytes.items() if name not in by_host)
     footprint_bytes = sum(segment.size_bytes for segment in segments)
     is_direct = all(info.direct for info in infos)
     if budget == "min":
@@ -114,7 +116,7 @@ def settle(
         # All fits, though not with every large weight on a page. Off a page, reads need no scratch.
         packed = as_segments(infos, stored, CACHE_LINE_BYTES)
         return Budget(budget_bytes, sum(segment.size_bytes for segment in packed), 0, packed + slot)
-    largest = largest_segment(segments + slot, slot_bytes.keys())
+    largest = largest_segment(segments + slot, of_rows)
     if largest is not None and largest.size_bytes + scratch_bytes > budget_bytes:
         needed_bytes = largest.size_bytes + scratch_bytes
         raise BudgetError(

@@ -8,6 +8,7 @@ first. Everything here is called under the pipeline's lock.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,6 +81,22 @@ class Parts:
             PAGE_BYTES,
         )
         return max(least, align_up(min(_BATCH_BYTES, limit_bytes // _BATCH_SHARE), PAGE_BYTES)), least
+
+    def n_at_once(self, index: int, ranges: Sequence[tuple[int, int]], plan: Plan | None) -> int:
+        """Returns how many of sorted ranges, at least one, to take together, so that nothing that stays has to go."""
+        if plan is not None:
+            most_bytes = max((e.segment.size_bytes for e in self._cache.entries if e.segment.is_slot), default=0)
+        elif self._cache.growable:
+            return len(ranges)
+        else:
+            most_bytes = self._cache.arena.limit_bytes // 2
+
+        def exceeds(count: int) -> bool:
+            return self._made(self.covering(index, ranges[:count])).segment.size_bytes > most_bytes
+
+        if not exceeds(len(ranges)):
+            return len(ranges)
+        return max(bisect_left(range(1, len(ranges)), True, key=exceeds), 1)
 
     def is_whole(self, index: int, plan: Plan | None) -> bool:
         """Says whether a table is there whole, or should be."""

@@ -164,6 +164,11 @@ class Pipeline:
                 return None
             return self._bind(self._slot, [self._parts.entry(part)])
 
+    def n_at_once(self, index: int, ranges: Sequence[tuple[int, int]]) -> int:
+        """Returns how many of sorted `ranges` of a table, at least one, to acquire together, as there is room."""
+        with self._lock:
+            return self._parts.n_at_once(index, ranges, self._plan)
+
     def gather(self, index: int, rows: Rows) -> torch.Tensor | None:
         """Returns rows of a table, one after the other, or None where the whole of it should be used.
 
@@ -190,6 +195,7 @@ class Pipeline:
             taken = self._loader.gather(index, rows).to(self._entries[index].info.dtype)
             with self._lock:
                 self.counters.read_bytes += taken.nbytes
+                self.counters.gathered_bytes += taken.nbytes
             gathered(taken.nbytes)
         return taken.to(self._device.torch_device)
 

@@ -37,7 +37,7 @@ class Plan:
         loads: The fetches of one pass, in order of need.
         streamed_bytes: Bytes of weights that a steady pass reads, those of `tables` included.
         tables: Segments of which rows are gathered, and not the whole is held.
-        gathered_bytes: What that read in the warm-up; other rows can take more or less.
+        gathered_bytes: What that read in the warm-up; other rows can take more, and those that are there still nothing.
         uses: What it was made for.
         compute_s: Seconds of a pass that never waits.
         pass_s: Predicted seconds of a steady pass.

@@ -142,14 +142,16 @@ class Grouped:
     """A product of groups of rows, each with a matrix of its own.
 
     Attributes:
+        rows: What is multiplied.
         matrices: The matrices, one for each group.
         ends: Where the rows of each group end.
-        call: Makes the product with other matrices and ends.
+        call: Makes the product of other rows, with other matrices and ends.
     """
 
+    rows: torch.Tensor
     matrices: Any
     ends: torch.Tensor
-    call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    call: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def grouped(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Grouped | None:
@@ -163,4 +165,4 @@ def grouped(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
         return None
     if given.get("bias") is not None:
         return None
-    return Grouped(right, ends, lambda matrices, ends: func(left, matrices, offs=ends, **given))
+    return Grouped(left, right, ends, lambda rows, matrices, ends: func(rows, matrices, offs=ends, **given))

@@ -28,6 +28,10 @@ class Source(Protocol):
         """Returns a tensor with ranges of a segment's elements, or None where the whole of it should be used."""
         ...
 
+    def n_at_once(self, index: int, ranges: Sequence[tuple[int, int]]) -> int:
+        """Returns how many of those, from the first on, to ask for together."""
+        ...
+
     def gather(self, index: int, rows: Rows) -> torch.Tensor | None:
         """Returns rows of a segment, or None where the whole of it should be used."""
         ...
@@ -59,7 +63,11 @@ def gather(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
 
 
 def multiply_groups(product: Grouped, weight: Table) -> Any:
-    """Returns a product with those matrices of `weight` alone that have rows to multiply, or NotImplemented."""
+    """Returns a product with those matrices of `weight` alone that have rows to multiply, or NotImplemented.
+
+    Each group has a product of its own in any case, so that matrices for which there is no room together can be there
+    one after the other.
+    """
     with torch._C.DisableTorchFunctionSubclass():
         size, stride, first = weight.size(), weight.stride(), weight.storage_offset()
         n_elements = math.prod(weight._litrt_shape)
@@ -71,18 +79,27 @@ def multiply_groups(product: Grouped, weight: Table) -> Any:
     if len(ends) != size[0] or not used:
         return NotImplemented
     before, inner = divmod(int(first), n_inner)
-    ranges = [((before + number) * n_inner, (before + number + 1) * n_inner) for number in used]
-    binding = weight._litrt_source.acquire_rows(weight._litrt_index, ranges)
-    if binding is None:
-        return NotImplemented
-    matrices = None
-    try:
-        # Blocks can have rows beside those asked for: groups without rows to multiply.
-        there = [row for start, stop in binding.ranges for row in range(start // n_inner, stop // n_inner)]
-        reached = [ends[min(row - before, len(ends) - 1)] if row >= before else 0 for row in there]
-        matrices = binding.tensors[0].as_strided((len(there), *size[1:]), (n_inner, *stride[1:]), inner)
-        with torch.no_grad():
-            return product.call(matrices, product.ends.new_tensor(reached))
-    finally:
-        del matrices
-        weight._litrt_source.release(binding)
+    source, index = weight._litrt_source, weight._litrt_index
+    products = []
+    begin = 0  # of the rows that are left
+    while used:
+        ranges = [((before + number) * n_inner, (before + number + 1) * n_inner) for number in used]
+        n_groups = source.n_at_once(index, ranges)
+        binding = source.acquire_rows(index, ranges[:n_groups])
+        if binding is None:
+            return NotImplemented
+        end = ends[used[n_groups - 1]] if n_groups < len(used) else len(product.rows)
+        matrices = None
+        try:
+            # Blocks can have matrices beside those asked for: groups without rows to multiply.
+            there = [row - before for start, stop in binding.ranges for row in range(start // n_inner, stop // n_inner)]
+            reached = [ends[min(row, len(ends) - 1)] if row >= 0 else 0 for row in there]
+            reached = [min(max(row, begin), end) - begin for row in reached]
+            matrices = binding.tensors[0].as_strided((len(there), *size[1:]), (n_inner, *stride[1:]), inner)
+            with torch.no_grad():
+                products.append(product.call(product.rows[begin:end], matrices, product.ends.new_tensor(reached)))
+        finally:
+            del matrices
+            source.release(binding)
+        used, begin = used[n_groups:], end
+    return torch.cat(products) if len(products) > 1 else products[0]

@@ -62,10 +62,11 @@ class Weights:
             for name in tables(module, found)
             if name in parts or not (device.is_host or len(store[name].shape) > 2)
         ]
+        self._of_rows = frozenset(name for name in named if store[name].nbytes)
         self.slot_bytes = {
-            name: part_bytes(store[name], self.infos[self.indices[name]]) for name in named if store[name].nbytes
+            name: part_bytes(store[name], self.infos[self.indices[name]]) for name in sorted(self._of_rows | parts)
         }
-        self.tables = frozenset(self.indices[name] for name in {*self.slot_bytes, *parts})
+        self.tables = frozenset(self.indices[name] for name in self.slot_bytes)
 
     @property
     def total_bytes(self) -> int:
@@ -81,7 +82,7 @@ class Weights:
     @property
     def matrices(self) -> dict[int, int]:
         """Those of which rows are taken, to their bytes."""
-        of_rows = (self.indices[name] for name in self.slot_bytes if len(self.reader.store[name].shape) == 2)
+        of_rows = (self.indices[name] for name in sorted(self._of_rows) if len(self.reader.store[name].shape) == 2)
         return {index: self.infos[index].nbytes for index in of_rows}
 
     def settle(self, budget: int | str, scratch_bytes: int) -> Budget:
@@ -90,11 +91,19 @@ class Weights:
         Raises:
             BudgetError: If it cannot be read, or cannot hold the largest weight.
         """
-        return settle(budget, self.infos, scratch_bytes, self.slot_bytes, stored=self.stored, device=self.device)
+        return settle(
+            budget,
+            self.infos,
+            scratch_bytes,
+            self.slot_bytes,
+            of_rows=self._of_rows,
+            stored=self.stored,
+            device=self.device,
+        )
 
     def alone_bytes(self, settled: Budget) -> int:
         """Returns the arena bytes of the largest weight, or of the largest part of one that is never needed whole."""
-        largest = largest_segment(settled.segments, self.slot_bytes.keys())
+        largest = largest_segment(settled.segments, self._of_rows)
         return largest.size_bytes if largest is not None else 0
 
     def tune(self, n_threads: int | None, budget_bytes: int | None, scratch_bytes: int) -> Tuning:

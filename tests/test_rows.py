@@ -359,6 +359,45 @@ def test_decoding_a_token_reads_less_than_a_megabyte_of_rows(make_store: MakeSto
         assert stats.peak_bytes <= stats.budget_bytes
 
 
+# A part of a weight that is nobody's table.
+
+
+class Positions(nn.Module):
+    """Adds the first of many positions, and takes no rows of anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", sampled(1, 512))
+        self.layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layers(x + self.places[: len(x)])
+        return y
+
+
+def test_a_plan_keeps_room_for_a_part_where_there_are_no_tables(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Positions().eval().requires_grad_(False)
+    with monkeypatch.context() as patch:
+        patch.setattr(litrt.blocks, "BLOCK_BYTES", 16_384)
+        path = make_store(plain)
+    x = sampled(0, 128)
+    for budget in ("min", "60%"):
+        with litrt.Runtime(Positions, path, budget=budget) as rt:
+            rt.warmup(x)
+            for _ in range(3):
+                before = rt.stats()
+                assert torch.equal(rt(x), plain(x))
+                counts = rt.stats().since(before)
+                assert counts.n_faults == 0
+                # The rows of the pass before are there still, if nothing else took their room.
+                assert rt.plan.gathered_bytes > 0
+                assert counts.read_bytes - counts.gathered_bytes == rt.plan.streamed_bytes - rt.plan.gathered_bytes
+            stats = rt.stats()
+            assert stats.peak_bytes <= stats.budget_bytes
+
+
 # Mixtures of experts.
 
 
@@ -486,5 +525,18 @@ def test_a_mixture_of_transformers_reads_its_routed_experts(
             assert all(len(experts) == 4 for experts in routed)
             assert counts.gathered_bytes == sum(len(experts) * 3 * 16_384 for experts in routed)
             assert counts.read_bytes == counts.gathered_bytes + rt.plan.streamed_bytes - rt.plan.gathered_bytes
+        stats = rt.stats()
+        assert stats.peak_bytes <= stats.budget_bytes
+    with litrt.Runtime(make, path, budget=stats.budget_bytes) as rt:
+        rt.warmup(torch.tensor([[7]]), use_cache=False)
+        for n_tokens in (3, 48):  # there is no room for all of their experts at once
+            ids = torch.arange(n_tokens)[None]
+            routed.clear()
+            expected = plain(ids, use_cache=False).logits
+            for _ in range(4):
+                before = rt.stats()
+                assert torch.equal(rt(ids, use_cache=False).logits, expected)
+            assert rt.stats().since(before).n_faults == 0
+        assert max(map(len, routed)) > 32
         stats = rt.stats()
         assert stats.peak_bytes <= stats.budget_bytes
