@@ -75,7 +75,7 @@ def settle(
     scratch_bytes: int,
     slot_bytes: dict[str, int],
     *,
-    of_rows: Set[str],
+    of_rows: Set[str] | None = None,
     stored: Sequence[TensorInfo] | None = None,
     device: Device | None = None,
 ) -> Budget:
@@ -86,13 +86,14 @@ def settle(
         infos: The distinct weights of the model.
         scratch_bytes: What loads need beside the arena.
         slot_bytes: Names of those of which parts may be there, to the bytes of what is there at once at least.
-        of_rows: Those of them of which operators take rows, and never all.
+        of_rows: Those of them of which operators take rows, and never all; by default each.
         stored: The weights as they are in the store, where some are served in another dtype.
         device: Where the arena is; by default in memory of the host.
 
     Raises:
         BudgetError: If `budget` cannot be read, or cannot hold the largest weight.
     """
+    of_rows = slot_bytes.keys() if of_rows is None else of_rows
     total_bytes = sum(info.nbytes for info in infos)
     on_host = device is None or device.is_host
     segments = as_segments(infos, stored, None if on_host or device is None else device.align_bytes)

@@ -155,7 +155,7 @@ def check(
         for y in kept:
             assert_same(y, expected)
         if budget == "100%":
-            assert stats.resident_bytes == sum(segment.nbytes for segment in rt.plan.segments)
+            assert stats.resident_bytes == rt.total_bytes
             assert_no_trace(rt.module, plain)
         elif budget == "min" and policy == "belady" and repeats:
             assert rt.plan.streamed_bytes > 0
