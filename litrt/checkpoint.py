@@ -58,8 +58,9 @@ class Source:
         names: All names, in order.
         aliases: Names of tensors that share the memory of an earlier one, and the name of that one.
         sizes: Elements and dtype of each tensor, where they are known before it is fetched.
-        fetch: Returns a tensor; called once for each name that is not an alias, in order.
+        fetch: Returns a tensor; called once at most for each name that is not an alias, in order.
         release: Called when the tensor that was fetched is no longer needed.
+        files: Those that it is in, if it is in files.
     """
 
     names: tuple[str, ...]
@@ -67,6 +68,7 @@ class Source:
     aliases: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, tuple[int, torch.dtype]] | None = None
     release: Callable[[torch.Tensor], None] = lambda tensor: None
+    files: tuple[Path, ...] = ()
 
 
 @contextlib.contextmanager
@@ -173,7 +175,15 @@ class _Shards:
                     aliases[name] = target
             if sizes is not None and shard.sizes is not None:
                 sizes |= {name: shard.sizes[shard.aliases.get(name, name)] for name in wanted}
-        return Source(tuple(self._files), self._fetch, aliases, sizes, lambda tensor: self._release(tensor))
+        shards = (self._index.parent / file for file in dict.fromkeys(self._files.values()))
+        return Source(
+            tuple(self._files),
+            self._fetch,
+            aliases,
+            sizes,
+            lambda tensor: self._release(tensor),
+            (self._index, *shards),
+        )
 
     def _shard(self, file: str) -> Source:
         if self._open is None or self._open[0] != file:
@@ -308,6 +318,7 @@ def _open_torch(path: Path) -> Source:
         _find_ties(values),
         _sizes(values),
         release if is_mapped else lambda tensor: None,
+        (path,),
     )
 
 
@@ -372,7 +383,7 @@ def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> Source:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     sizes = {name: (math.prod(shape), dtype) for name, (dtype, shape, _, _) in entries.items()}
-    return Source(tuple(entries), fetch, {}, sizes, release)
+    return Source(tuple(entries), fetch, {}, sizes, release, (path,))
 
 
 _Entry = tuple[torch.dtype, tuple[int, ...], int, int]

@@ -253,6 +253,21 @@ class Compression:
         except OSError as error:
             self._refusal = f"the disk cannot be measured ({error})"
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """What was measured, for `restore`."""
+        probed = {
+            dtype_name(dtype): (disk_bps, [asdict(one) for one in measured])
+            for dtype, (disk_bps, measured) in self._probed.items()
+        }
+        return {"refusal": self._refusal, "probed": probed}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what another one has measured."""
+        self._refusal = state["refusal"]
+        for name, (disk_bps, measured) in state["probed"].items():
+            self._probed[getattr(torch, name)] = disk_bps, [Measured(**one) for one in measured]
+
     def attributes(self, nbytes: int, stored_bytes: int) -> dict[str, Any]:
         """Returns what was asked, measured and decided, as the attributes of the store keep it."""
         found: dict[str, Any] = {"asked": self.asked, "nbytes": nbytes, "stored_bytes": stored_bytes}

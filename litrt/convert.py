@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import json
 import os
 import shutil
-import sys
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from litrt.checkpoint import Source, SourceLike, open_source
 from litrt.compression import CHUNK_BYTES, CODECS, SAMPLE_BYTES, Compression, blosc_codec
 from litrt.crc import Bytes, extend_crc
 from litrt.errors import StoreError
+from litrt.progress import Progress
+from litrt.staging import Staging, bytes_of_chunks, sync
 from litrt.store import FORMAT, Store, open_store
 from litrt.units import format_bytes
 
@@ -41,7 +43,8 @@ def convert(
 
     Values are kept bit for bit. Holds one tensor at a time, and at most twice the bytes of the largest; only
     torch files of before torch 1.6 have to be loaded whole. The store is written to `<store>.partial` beside
-    it and renamed when it is complete and on disk.
+    it and renamed when it is complete and on disk. Where that was interrupted, the same call goes on with it: what was
+    finished is not read again, unless a file of `source` has changed. An error removes what was written.
 
     Args:
         source: A `state_dict`; any other mapping of names to tensors, of which each is fetched once and
@@ -58,8 +61,8 @@ def convert(
         progress: Shows a line of progress on stderr, if that is a terminal.
 
     Raises:
-        StoreError: If `store` exists, cannot be written or would not fit on the disk, or if `source` is not a
-            checkpoint.
+        StoreError: If `store` exists, cannot be written, is being written by another conversion or would not fit on
+            the disk, or if `source` is not a checkpoint.
         CorruptWeightError: If a file of `source` is truncated.
         FileNotFoundError: If there is no file `source`.
         TypeError: If `source` is not a checkpoint, or holds something else than plain tensors.
@@ -70,22 +73,29 @@ def convert(
         raise ValueError(f"cannot compress with {compress!r}: use None, 'lz4', 'zstd' or 'auto'.")
     target = Path(os.path.realpath(_local_path(store)))
     _check_target(target, os.fspath(store), overwrite)
-    partial = target.with_name(f"{target.name}.partial")
     with open_source(source) as opened:
-        if partial.exists():
-            shutil.rmtree(partial)  # what an interrupted conversion left
         total_bytes = _total_bytes(opened, cast)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if total_bytes is not None and compress is None:
-            _check_space(target, total_bytes)
-        try:
-            with _Progress(target.name, total_bytes, shown=progress) as bar:
-                _write_store(opened, partial, cast, compress, bar)
-            _publish(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        with Staging(target, _key(opened, cast, compress)) as staging:
+            _check_target(target, os.fspath(store), overwrite)  # again: another conversion may have ended
+            if total_bytes is not None and compress is None:
+                done_bytes = sum(told["stored_bytes"] for told in staging.finished.values())
+                _check_space(target, total_bytes - done_bytes)
+            with Progress(target.name, total_bytes, shown=progress) as bar:
+                _write_store(opened, staging, cast, compress, bar)
+            staging.publish()
     return open_store(store)
+
+
+def _key(source: Source, cast: torch.dtype | None, compress: str | None) -> str | None:
+    """Returns what says which bytes a conversion writes, or None where its source could say so only by its values."""
+    if not source.files:
+        return None
+    files = [
+        (str(file.resolve()), status.st_size, status.st_mtime_ns) for file in source.files for status in [file.stat()]
+    ]
+    said = [version("litrt"), FORMAT, files, source.names, str(cast), compress]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _local_path(store: str | os.PathLike[str]) -> str:
@@ -123,27 +133,40 @@ def _check_space(target: Path, total_bytes: int) -> None:
         )
 
 
-def _write_store(source: Source, partial: Path, cast: torch.dtype | None, compress: str | None, bar: _Progress) -> None:
+def _write_store(
+    source: Source, staging: Staging, cast: torch.dtype | None, compress: str | None, bar: Progress
+) -> None:
+    staging.begin()
+    partial = staging.path
     header = {"format": FORMAT, "complete": False, "tensors": list(source.names), "aliases": source.aliases}
     group = zarr.create_group(LocalStore(partial), zarr_format=3, attributes={"litrt": header})
     compression = Compression(compress, partial)
-    nbytes = stored_bytes = 0
-    flushed: Future[int] | None = None
+    for told in staging.finished.values():
+        compression.restore(told["compression"])
+        bar.skip(told["nbytes"])
+    flushed: Future[None] | None = None
+
+    def finish(name: str, nbytes: int, measured: dict[str, Any]) -> None:
+        stored_bytes = _flush(partial / node_name(name))
+        staging.finish(name, {"nbytes": nbytes, "stored_bytes": stored_bytes, "compression": measured})
+
     # One thread puts an array on disk while the next is written: the page cache never holds much of them.
     with ThreadPoolExecutor(1) as flusher:
         for name in source.names:
-            if name not in source.aliases:
-                nbytes += _write_tensor(group, source, name, cast, compression, bar)
+            if name not in source.aliases and name not in staging.finished:
+                nbytes = _write_tensor(group, source, name, cast, compression, bar)
                 if flushed is not None:
-                    stored_bytes += flushed.result()
-                flushed = flusher.submit(_flush, partial / node_name(name))
+                    flushed.result()
+                flushed = flusher.submit(finish, name, nbytes, compression.state)
         if flushed is not None:
-            stored_bytes += flushed.result()
+            flushed.result()
     if compress is not None:
+        finished = staging.finished.values()
+        nbytes, stored_bytes = (sum(told[key] for told in finished) for key in ("nbytes", "stored_bytes"))
         header["compression"] = compression.attributes(nbytes, stored_bytes)
     group.update_attributes({"litrt": {**header, "complete": True}})
     for file in (partial / "zarr.json", partial):
-        _fsync(file)
+        sync(file)
 
 
 def _write_tensor(
@@ -152,7 +175,7 @@ def _write_tensor(
     name: str,
     cast: torch.dtype | None,
     compression: Compression,
-    bar: _Progress,
+    bar: Progress,
 ) -> int:
     """Writes a tensor, and returns the bytes of its values."""
     tensor = source.fetch(name)
@@ -235,70 +258,8 @@ def _values(name: str, block: torch.Tensor, dtype: torch.dtype, stored: str) -> 
 
 def _flush(directory: Path) -> int:
     """Puts the files of an array on disk, and out of the page cache; returns the bytes of its chunks."""
-    n_bytes = 0
     for parent, _, files in os.walk(directory):
         for file in files:
-            _fsync(Path(parent, file))
-            n_bytes += os.path.getsize(Path(parent, file)) * (file != "zarr.json")
-        _fsync(Path(parent))
-    return n_bytes
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-        with contextlib.suppress(OSError, AttributeError):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
-
-
-def _publish(partial: Path, target: Path) -> None:
-    """Gives the complete store its name; one that has the name is `<name>.replaced` between two renames."""
-    replaced = target.with_name(f"{target.name}.replaced")
-    if target.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        target.rename(replaced)
-    try:
-        partial.rename(target)
-    except BaseException:
-        if replaced.exists():
-            replaced.rename(target)
-        raise
-    _fsync(target.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
-
-
-class _Progress:
-    """One line on stderr, rewritten as bytes are written."""
-
-    def __init__(self, label: str, total_bytes: int | None, *, shown: bool) -> None:
-        self._label = label
-        self._total_bytes = total_bytes
-        self._shown = shown and sys.stderr is not None and sys.stderr.isatty()
-        self._done_bytes = 0
-        self._start_s = self._shown_s = time.monotonic()
-
-    def add(self, n_bytes: int) -> None:
-        """Counts bytes that were written; shows them ten times a second at most."""
-        self._done_bytes += n_bytes
-        if self._shown and time.monotonic() - self._shown_s > 0.1:
-            self._show()
-
-    def _show(self) -> None:
-        self._shown_s = time.monotonic()
-        rate_bps = self._done_bytes / max(self._shown_s - self._start_s, 1e-3)
-        total = "" if self._total_bytes is None else f" of {format_bytes(self._total_bytes)}"
-        line = f"{self._label}: {format_bytes(self._done_bytes)}{total}, {format_bytes(rate_bps)}/s"
-        print(f"\r{line:<70}", end="", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            self._show()
-            print(file=sys.stderr)
+            sync(Path(parent, file))
+        sync(Path(parent))
+    return bytes_of_chunks(directory)

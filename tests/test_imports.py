@@ -18,7 +18,7 @@ PACKAGE = Path(litrt.__file__).parent
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 
 LAYERS: dict[str, tuple[str, ...]] = {
-    "base": ("errors", "units"),
+    "base": ("errors", "units", "progress"),
     "pure": (
         "trace",
         "stats",
@@ -60,6 +60,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "reads",
         "tune",
         "compression",
+        "staging",
         "convert",
     ),
     "moving": ("arena", "cache", "turns", "bindings", "parts", "follower", "pipeline", "link"),
