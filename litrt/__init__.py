@@ -22,10 +22,12 @@ from litrt.errors import (
     WeightWriteError,
 )
 from litrt.plan import Plan
+from litrt.repair import repair
 from litrt.runtime import Runtime
 from litrt.shared import SharedBudget
 from litrt.stats import Stats
 from litrt.store import Store, TensorInfo, open_store
+from litrt.verify import verify
 
 __all__ = [
     "BudgetError",
@@ -46,4 +48,6 @@ __all__ = [
     "WeightWriteError",
     "convert",
     "open_store",
+    "repair",
+    "verify",
 ]

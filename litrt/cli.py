@@ -11,12 +11,17 @@ from importlib.metadata import version
 from litrt.compression import CODECS, report
 from litrt.convert import convert
 from litrt.errors import LitrtError
+from litrt.repair import repair
 from litrt.store import Store, open_store
 from litrt.units import format_bytes
+from litrt.verify import verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 where the demo's vectors differ, 2 for an error."""
+    """Runs one command; returns the exit status.
+
+    That is 0, 1 where a store is damaged or the demo's vectors differ, 2 for an error, and 130 for an interrupt.
+    """
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
@@ -25,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"litrt {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if arguments.command == "convert":
+            print("\nlitrt convert: interrupted. The same command goes on where it stopped.", file=sys.stderr)
         return 130
     return status
 
@@ -53,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--overwrite", action="store_true", help="replace a store that is there, once the new one is complete"
     )
+    command.add_argument(
+        "--repair", action="store_true", help="write what is damaged of the store again, and nothing else"
+    )
     command.add_argument("--quiet", action="store_true", help="no progress bar")
     command.set_defaults(run=_convert)
 
@@ -62,6 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("store", help="the store")
     command.add_argument("--all", action="store_true", help="list every weight, not the largest only")
     command.set_defaults(run=_inspect)
+
+    command = commands.add_parser(
+        "verify",
+        help="check every byte of a store",
+        description="Reads every chunk of a store, checks it, and names what is damaged. The exit status is 1 where "
+        "something is.",
+    )
+    command.add_argument("store", help="the store")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.set_defaults(run=_verify)
 
     command = commands.add_parser(
         "demo",
@@ -78,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    if arguments.repair:
+        return _repair(arguments)
     store = convert(
         arguments.source,
         arguments.store,
@@ -88,6 +110,16 @@ def _convert(arguments: argparse.Namespace) -> int:
     )
     print(f"{store.path}: {len(store) - len(store.aliases)} weights, {format_bytes(store.total_bytes)}")
     _print_compression(store)
+    return 0
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    if arguments.dtype or arguments.compress or arguments.overwrite:
+        raise ValueError("--repair writes what was there: use it without --dtype, --compress and --overwrite.")
+    repaired = repair(arguments.source, arguments.store, progress=not arguments.quiet)
+    for error in repaired:
+        print(f"{error.file} was damaged, and is written again")
+    print(f"{arguments.store}: {len(repaired)} repaired" if repaired else f"{arguments.store}: nothing is damaged")
     return 0
 
 
@@ -115,6 +147,20 @@ def _inspect(arguments: argparse.Namespace) -> int:
         for alias, name in store.aliases.items():
             print(f"  {alias} is {name}")
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    store = open_store(arguments.store)
+    damaged = verify(store, progress=not arguments.quiet)
+    for error in damaged:
+        print(error)
+    n_weights = len({error.name for error in damaged})
+    print(
+        f"{store.path}: {len(damaged)} chunks of {n_weights} weights are damaged"
+        if damaged
+        else f"{store.path}: all {len(store) - len(store.aliases)} weights are whole, {format_bytes(store.total_bytes)}"
+    )
+    return 1 if damaged else 0
 
 
 def _print_compression(store: Store) -> None:

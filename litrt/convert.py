@@ -207,7 +207,7 @@ def _write_tensor(
         config={"write_empty_chunks": True},
     )
     if not shape:
-        array[()] = _values(name, tensor, dtype, stored)
+        array[()] = values_of(name, tensor, dtype, stored)
         bar.add(dtype.itemsize)
     elif tensor.numel():
         axis = lead_axis(shape)
@@ -216,7 +216,7 @@ def _write_tensor(
         sums: list[int] = []
         for first in range(0, shape[axis], chunks[axis]):
             rows = min(chunks[axis], shape[axis] - first)
-            block = _values(name, tensor.narrow(axis, first, rows), dtype, stored)
+            block = values_of(name, tensor.narrow(axis, first, rows), dtype, stored)
             place: list[slice] = [slice(None)] * len(shape)
             place[axis] = slice(first, first + rows)
             array[tuple(place)] = block
@@ -240,12 +240,12 @@ def _samples(name: str, tensor: torch.Tensor, dtype: torch.dtype, stored: str) -
     rows = min(max(SAMPLE_BYTES // row_bytes, 1), shape[axis])
     last = shape[axis] - rows
     return [
-        _values(name, tensor.narrow(axis, first, rows), dtype, stored).reshape(-1).view(np.uint8)
+        values_of(name, tensor.narrow(axis, first, rows), dtype, stored).reshape(-1).view(np.uint8)
         for first in sorted({0, last // 2, last})
     ]
 
 
-def _values(name: str, block: torch.Tensor, dtype: torch.dtype, stored: str) -> npt.NDArray[Any]:
+def values_of(name: str, block: torch.Tensor, dtype: torch.dtype, stored: str) -> npt.NDArray[Any]:
     """Returns the bits of `block`, cast to `dtype`, as an array of the dtype that Zarr stores them in."""
     try:
         dense = block.to(device="cpu", dtype=dtype).resolve_conj().resolve_neg().contiguous()

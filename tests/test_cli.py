@@ -43,6 +43,15 @@ def test_convert_refuses_to_replace_a_store_unless_told(checkpoint, tmp_path, ca
     assert main(["convert", str(checkpoint), target, "--quiet", "--overwrite"]) == 0
 
 
+def test_an_interrupted_conversion_says_how_to_go_on(checkpoint, tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("litrt.cli.convert", interrupted)
+    assert main(["convert", str(checkpoint), str(tmp_path / "model.zarr")]) == 130
+    assert "interrupted. The same command goes on where it stopped" in capsys.readouterr().err
+
+
 def test_inspect_lists_weights_and_aliases(checkpoint, tmp_path, capsys):
     main(["convert", str(checkpoint), str(tmp_path / "model.zarr"), "--quiet"])
     capsys.readouterr()

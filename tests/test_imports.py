@@ -60,8 +60,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "reads",
         "tune",
         "compression",
+        "verify",
         "staging",
         "convert",
+        "repair",
     ),
     "moving": ("arena", "cache", "turns", "bindings", "parts", "follower", "pipeline", "link"),
     "model": (

@@ -1,0 +1,150 @@
+"""Writes what is damaged of a store again, from the checkpoint that it was made of."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.storage import LocalStore
+
+from litrt.arrays import array_dtype, lead_axis, litrt_attributes
+from litrt.blocks import Blocks, sums_of_chunk
+from litrt.checkpoint import Source, SourceLike, open_source
+from litrt.convert import values_of
+from litrt.crc import Bytes, extend_crc
+from litrt.errors import CorruptWeightError, StoreError
+from litrt.reader import Piece, Reader
+from litrt.staging import sync
+from litrt.store import Store, TensorInfo, open_store
+from litrt.verify import check_piece, verify
+
+
+def repair(source: SourceLike, store: str | os.PathLike[str], *, progress: bool = True) -> list[CorruptWeightError]:
+    """Verifies a store, and writes what is damaged of it again from `source`, and nothing else.
+
+    What is whole of a weight has to be what `source` has of it; so has what the checksums of its blocks say, which are
+    stored apart from the chunks. Holds one tensor at a time. Interrupted, it can be called again.
+
+    Args:
+        source: What the store was made of, as for `litrt.convert`.
+        store: The directory of a store. Where it was converted to another dtype, so is what is written.
+        progress: Shows a line of progress on stderr, if that is a terminal.
+
+    Returns:
+        What was damaged, as `litrt.verify` says it. It is no more.
+
+    Raises:
+        StoreError: If `store` is no store in a directory, or its metadata is damaged, which `litrt.convert` has to
+            write anew; or if a damaged weight is not the one that `source` has. What was repaired until then stays so.
+        FileNotFoundError: If there is no file `source`.
+        CorruptWeightError: If a file of `source` is truncated, or what was written cannot be read.
+    """
+    opened = open_store(store)
+    if opened.root is None:
+        raise StoreError(f"cannot repair {opened.path}: repair a local directory, and copy that.")
+    damaged = verify(opened, progress=progress)
+    if damaged:
+        with open_source(source) as checkpoint:
+            for name in dict.fromkeys(error.name for error in damaged):
+                _repair(checkpoint, opened, opened[name], [error.file for error in damaged if error.name == name])
+    return damaged
+
+
+def _repair(source: Source, store: Store, info: TensorInfo, files: Sequence[str]) -> None:
+    assert store.root is not None
+    values = _values(source, store, info)
+    reader = Reader(store)
+    directory = Path(store.root, info.path)
+    metadata = str(directory / "zarr.json")
+    pieces = reader.pieces(info.name)
+    _check_source(reader, info, values, [piece for piece in pieces if piece.file not in files], metadata in files)
+    array = zarr.open_group(LocalStore(store.root), mode="r+")[info.path]
+    assert isinstance(array, zarr.Array), "open_store refuses groups"
+    for piece in pieces:
+        if piece.file not in files:
+            continue
+        file = Path(piece.file)
+        if file.is_dir():
+            shutil.rmtree(file)
+        file.unlink(missing_ok=True)  # or zarr-python would read it first
+        _write_chunk(array, info, piece, values[piece.offset : piece.offset + piece.nbytes])
+        for path in (file, file.parent):
+            sync(path)
+    if metadata in files and info.blocks is not None:
+        _write_sums(array, info.blocks, pieces, values)
+        sync(Path(metadata))
+    repaired = open_store(store.root)
+    reader = Reader(repaired)
+    for piece in reader.pieces(info.name):
+        error = check_piece(reader, piece, np.empty(piece.nbytes, dtype=np.uint8))
+        if error is not None:
+            raise error
+
+
+def _values(source: Source, store: Store, info: TensorInfo) -> Bytes:
+    """Returns the bytes of a weight as the store should have them."""
+    name = source.aliases.get(info.name, info.name)
+    if name not in source.names:
+        raise _other(store, f"it has no {info.name!r}")
+    tensor = source.fetch(name)
+    if tuple(tensor.shape) != info.shape:
+        raise _other(store, f"its {info.name!r} has shape {tuple(tensor.shape)} in place of {info.shape}")
+    if tensor.dtype != info.dtype and not (tensor.is_floating_point() and info.dtype.is_floating_point):
+        raise _other(store, f"its {info.name!r} is {tensor.dtype} in place of {info.dtype}")
+    stored = array_dtype(info.dtype)
+    assert stored is not None, "open_store refuses other dtypes"
+    values: Bytes = values_of(info.name, tensor, info.dtype, stored).reshape(-1).view(np.uint8)
+    return values
+
+
+def _check_source(
+    reader: Reader, info: TensorInfo, values: Bytes, whole: Sequence[Piece], is_metadata_damaged: bool
+) -> None:
+    """Raises an error where what is whole of a weight is not what the source has."""
+    for piece in whole:
+        memory = np.empty(piece.nbytes, dtype=np.uint8)
+        reader.read_part(piece, memory)
+        if not np.array_equal(memory, values[piece.offset : piece.offset + piece.nbytes]):
+            raise _other(reader.store, f"its {info.name!r} has other values than {piece.file}")
+    if info.blocks is not None and info.blocks.crc32c is not None and not is_metadata_damaged:
+        sums = _sums(info.blocks, reader.pieces(info.name), values)
+        if sums != info.blocks.crc32c.tolist():
+            raise _other(reader.store, f"its {info.name!r} has other values than the checksums of the store say")
+
+
+def _other(store: Store, what: str) -> StoreError:
+    return StoreError(
+        f"cannot repair {store.path} from this checkpoint: {what}. Pass what the store was made of, or run "
+        "litrt convert again."
+    )
+
+
+def _sums(blocks: Blocks, pieces: Sequence[Piece], values: Bytes) -> list[int]:
+    block_bytes = blocks.block_rows * blocks.row_bytes
+    parts = (values[piece.offset : piece.offset + piece.nbytes] for piece in pieces)
+    return [crc for part in parts for crc in sums_of_chunk(part, block_bytes, extend_crc)]
+
+
+def _write_chunk(array: zarr.Array[Any], info: TensorInfo, piece: Piece, values: Bytes) -> None:
+    stored = values.view(np.dtype(array_dtype(info.dtype)))
+    if not info.shape:
+        array[()] = stored.reshape(())
+        return
+    axis = lead_axis(info.shape)
+    first = piece.index * info.chunk_rows
+    rows = min(info.chunk_rows, info.shape[axis] - first)
+    place = [slice(None)] * len(info.shape)
+    place[axis] = slice(first, first + rows)
+    array[tuple(place)] = stored.reshape((*info.shape[:axis], rows, *info.shape[axis + 1 :]))
+
+
+def _write_sums(array: zarr.Array[Any], blocks: Blocks, pieces: Sequence[Piece], values: Bytes) -> None:
+    sums = np.array(_sums(blocks, pieces, values), dtype=np.uint32)
+    made = Blocks(blocks.n_rows, blocks.row_bytes, blocks.chunk_rows, blocks.block_rows, sums)
+    told = litrt_attributes(array.attrs.asdict())
+    array.update_attributes({"litrt": {**told, "blocks": made.attributes()}})

@@ -1,0 +1,232 @@
+"""Checking all of a store, and repairing it: nothing that is damaged is missed, and nothing else is written."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zarr
+
+import litrt
+from litrt.cli import main
+from litrt.convert import convert
+from litrt.reader import Reader
+from litrt.repair import repair
+from litrt.verify import verify
+
+
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tied = torch.randn(40, 7, generator=generator)
+    return {
+        "large": torch.randn(1 << 9, 1 << 10, generator=generator),
+        "tied": tied,
+        "tie": tied,
+        "scalar": torch.tensor(3),
+        "empty": torch.empty(0, 4),
+        "mask": torch.ones(9, dtype=torch.bool),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("litrt.arrays.TARGET_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(importlib.import_module("litrt.convert"), "CHUNK_BYTES", 1 << 20)
+
+
+@pytest.fixture(params=[None, "zstd"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> litrt.Store:
+    return convert(weights(), tmp_path / "s.zarr", compress=request.param, progress=False)
+
+
+def chunks(store: litrt.Store) -> list[Path]:
+    assert store.root is not None
+    return sorted(file for file in Path(store.root).rglob("*") if file.is_file() and file.name != "zarr.json")
+
+
+def test_a_whole_store_is_whole(store: litrt.Store, tmp_path: Path) -> None:
+    assert verify(store, progress=False) == []
+    assert verify(tmp_path / "s.zarr", progress=False) == []
+
+
+def change(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "flipped": change,
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "empty": lambda file: file.write_bytes(b""),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"x"),
+    "missing": Path.unlink,
+    "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "directory": lambda file: (file.unlink(), file.mkdir()),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_every_damaged_chunk_is_named(store: litrt.Store, kind: str) -> None:
+    files = chunks(store)
+    assert len(files) >= 5
+    for file in files:
+        DAMAGE[kind](file)
+    found = verify(store, progress=False)
+    assert sorted(error.file for error in found) == [str(file) for file in files]
+    assert {error.name for error in found} == {"large", "tied", "scalar", "mask"}
+    for error in found:
+        assert error.file in str(error)
+        assert repr(error.name) in str(error)
+
+
+@pytest.mark.parametrize("compress", [None, "lz4"])
+def test_every_byte_that_flips_is_found(compress: str | None, tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(150, dtype=torch.int64), "b": torch.randn(5, 3), "c": torch.zeros(10, 30)}
+    store = convert(tensors, tmp_path / "s.zarr", compress=compress, progress=False)
+    reader = Reader(store)
+    n_flipped = 0
+    for file in chunks(store):
+        whole = file.read_bytes()
+        for position in range(len(whole)):
+            content = bytearray(whole)
+            content[position] ^= 1 << position % 8
+            file.write_bytes(content)
+            with pytest.raises(litrt.CorruptWeightError):
+                reader.read_tensor(file.relative_to(tmp_path / "s.zarr").parts[0])
+            n_flipped += 1
+        file.write_bytes(whole)
+    assert n_flipped > 1000
+    assert verify(store, progress=False) == []
+
+
+def test_a_damaged_checksum_of_a_block_is_named(tmp_path: Path) -> None:
+    convert(weights(), tmp_path / "s.zarr", progress=False)
+    file = tmp_path / "s.zarr" / "large" / "zarr.json"
+    document = json.loads(file.read_text())
+    told = document["attributes"]["litrt"]["blocks"]
+    told["crc32c"] = ("A" if told["crc32c"][0] != "A" else "B") + told["crc32c"][1:]
+    file.write_text(json.dumps(document))
+    (error,) = verify(tmp_path / "s.zarr", progress=False)
+    assert error.name == "large"
+    assert error.file == str(file)
+
+
+def test_a_store_that_is_read_through_zarr_python(tmp_path: Path) -> None:
+    store = convert(weights(), tmp_path / "s.zarr", progress=False)
+    memory: dict[str, Any] = {
+        str(file.relative_to(tmp_path / "s.zarr")): zarr.core.buffer.cpu.Buffer.from_bytes(file.read_bytes())
+        for file in (tmp_path / "s.zarr").rglob("*")
+        if file.is_file()
+    }
+    key = str(chunks(store)[0].relative_to(tmp_path / "s.zarr"))
+    assert verify(zarr.storage.MemoryStore(memory), progress=False) == []
+    memory[key] = zarr.core.buffer.cpu.Buffer.from_bytes(b"x" + memory[key].to_bytes()[1:])
+    (error,) = verify(zarr.storage.MemoryStore(memory), progress=False)
+    assert error.name in store
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = convert(weights(), tmp_path / "s.zarr", progress=False)
+    assert main(["verify", str(tmp_path / "s.zarr")]) == 0
+    assert "s.zarr: all 5 weights are whole, 2.10 MB" in capsys.readouterr().out
+    damaged = [file for file in chunks(store) if "large" in str(file)]
+    for file in damaged:
+        change(file)
+    assert main(["verify", "--quiet", str(tmp_path / "s.zarr")]) == 1
+    printed = capsys.readouterr().out
+    assert all(str(file) in printed for file in damaged)
+    assert f"{len(damaged)} chunks of 1 weights are damaged" in printed
+    assert main(["verify", str(tmp_path / "none.zarr")]) == 2
+
+
+# Repair.
+
+
+def tree(store: litrt.Store) -> dict[Path, tuple[bytes, int]]:
+    assert store.root is not None
+    files = (file for file in Path(store.root).rglob("*") if file.is_file())
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_what_is_damaged_is_written_again_and_nothing_else(store: litrt.Store, kind: str) -> None:
+    before = tree(store)
+    damaged = chunks(store)[::2]
+    for file in damaged:
+        DAMAGE[kind](file)
+    assert sorted(error.file for error in repair(weights(), store.path, progress=False)) == list(map(str, damaged))
+    after = tree(store)
+    assert {file: content for file, (content, _) in after.items()} == {
+        file: content for file, (content, _) in before.items()
+    }
+    assert {file for file in after if after[file] != before[file]} <= {*damaged}
+    assert verify(store, progress=False) == []
+    assert repair(weights(), store.path, progress=False) == []
+
+
+def test_a_store_of_another_dtype_is_repaired_in_that(tmp_path: Path) -> None:
+    store = convert(weights(), tmp_path / "s.zarr", dtype="bfloat16", progress=False)
+    before = tree(store)
+    for file in chunks(store):
+        change(file)
+    repair(weights(), store.path, progress=False)
+    assert {file: content for file, (content, _) in tree(store).items()} == {
+        file: content for file, (content, _) in before.items()
+    }
+
+
+def test_damaged_checksums_of_blocks_are_written_again(tmp_path: Path) -> None:
+    store = convert(weights(), tmp_path / "s.zarr", progress=False)
+    file = tmp_path / "s.zarr" / "large" / "zarr.json"
+    document = json.loads(file.read_text())
+    whole = dict(document["attributes"]["litrt"])
+    blocks = dict(whole["blocks"])
+    blocks["crc32c"] = ("A" if blocks["crc32c"][0] != "A" else "B") + blocks["crc32c"][1:]
+    document["attributes"]["litrt"]["blocks"] = blocks
+    file.write_text(json.dumps(document))
+    assert [error.file for error in repair(weights(), store.path, progress=False)] == [str(file)]
+    assert json.loads(file.read_text())["attributes"]["litrt"] == whole
+    assert verify(tmp_path / "s.zarr", progress=False) == []
+
+
+OTHERS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "it has no 'large'": lambda source: source.pop("large"),
+    r"its 'large' has shape \(3,\) in place of \(512, 1024\)": lambda source: source.update(large=torch.ones(3)),
+    "its 'large' is torch.int32 in place of torch.float32": lambda source: source.update(large=source["large"].int()),
+    "its 'large' has other values than": lambda source: source["large"].add_(1),
+}
+
+
+@pytest.mark.parametrize("said", OTHERS)
+@pytest.mark.parametrize("is_one_whole", [True, False])
+def test_another_checkpoint_is_refused_and_nothing_is_written(tmp_path: Path, said: str, is_one_whole: bool) -> None:
+    store = convert(weights(), tmp_path / "s.zarr", progress=False)
+    for file in [file for file in chunks(store) if "large" in str(file)][is_one_whole:]:
+        change(file)
+    before = tree(store)
+    source = weights()
+    OTHERS[said](source)
+    with pytest.raises(litrt.StoreError, match=f"cannot repair .*s.zarr from this checkpoint: {said}"):
+        repair(source, store.path, progress=False)
+    assert tree(store) == before
+
+
+def test_the_command_repairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(weights(), tmp_path / "model.pt")
+    store = convert(tmp_path / "model.pt", tmp_path / "s.zarr", progress=False)
+    arguments = ["convert", "--repair", "--quiet", str(tmp_path / "model.pt"), str(tmp_path / "s.zarr")]
+    assert main(arguments) == 0
+    assert "s.zarr: nothing is damaged" in capsys.readouterr().out
+    change(chunks(store)[0])
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"{chunks(store)[0]} was damaged, and is written again" in printed
+    assert "s.zarr: 1 repaired" in printed
+    assert main([*arguments, "--dtype", "float16"]) == 2
+    assert main(["verify", str(tmp_path / "s.zarr")]) == 0
