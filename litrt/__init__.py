@@ -21,6 +21,8 @@ from litrt.errors import (
     WeightNotFoundError,
     WeightWriteError,
 )
+from litrt.export import export
+from litrt.lazy import LazyStateDict, lazy_state_dict
 from litrt.plan import Plan
 from litrt.repair import repair
 from litrt.runtime import Runtime
@@ -34,6 +36,7 @@ __all__ = [
     "ClosedError",
     "CorruptWeightError",
     "DeviceError",
+    "LazyStateDict",
     "LitrtError",
     "Plan",
     "Runtime",
@@ -47,6 +50,8 @@ __all__ = [
     "WeightNotFoundError",
     "WeightWriteError",
     "convert",
+    "export",
+    "lazy_state_dict",
     "open_store",
     "repair",
     "verify",

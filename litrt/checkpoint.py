@@ -27,7 +27,7 @@ SourceLike = Mapping[str, torch.Tensor] | str | os.PathLike[str]
 
 _TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 _MAX_HEADER_BYTES = 100_000_000  # what the safetensors library accepts
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
     "I8": "int8",
@@ -58,7 +58,7 @@ class Source:
         names: All names, in order.
         aliases: Names of tensors that share the memory of an earlier one, and the name of that one.
         sizes: Elements and dtype of each tensor, where they are known before it is fetched.
-        fetch: Returns a tensor; called once at most for each name that is not an alias, in order.
+        fetch: Returns a tensor of a name that is not an alias. In order, each file is opened once.
         release: Called when the tensor that was fetched is no longer needed.
         files: Those that it is in, if it is in files.
     """
@@ -421,7 +421,7 @@ def _safetensors_header(path: Path, fd: int) -> tuple[dict[str, _Entry], int]:
 
 
 def _entry(path: Path, name: str, value: dict[str, Any]) -> _Entry:
-    dtype = getattr(torch, _SAFETENSORS_DTYPES.get(value["dtype"], ""), None)
+    dtype = getattr(torch, SAFETENSORS_DTYPES.get(value["dtype"], ""), None)
     if not isinstance(dtype, torch.dtype):
         raise StoreError(f"{path}: {name!r} has dtype {value['dtype']}, which litrt cannot store.")
     shape = tuple(int(extent) for extent in value["shape"])

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from litrt.compression import CODECS, report
 from litrt.convert import convert
 from litrt.errors import LitrtError
+from litrt.export import export
 from litrt.repair import repair
 from litrt.store import Store, open_store
 from litrt.units import format_bytes
@@ -82,6 +83,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("store", help="the store")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
     command.set_defaults(run=_verify)
+
+    command = commands.add_parser(
+        "export",
+        help="write a store as a safetensors file",
+        description="Writes all weights of a store to a safetensors file, bit for bit.",
+    )
+    command.add_argument("store", help="the store")
+    command.add_argument("file", help="the file to write, by custom *.safetensors")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace a file that is there, once the new one is complete"
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.set_defaults(run=_export)
 
     command = commands.add_parser(
         "demo",
@@ -161,6 +175,12 @@ def _verify(arguments: argparse.Namespace) -> int:
         else f"{store.path}: all {len(store) - len(store.aliases)} weights are whole, {format_bytes(store.total_bytes)}"
     )
     return 1 if damaged else 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    file = export(arguments.store, arguments.file, overwrite=arguments.overwrite, progress=not arguments.quiet)
+    print(f"{file}: {format_bytes(file.stat().st_size)}")
+    return 0
 
 
 def _print_compression(store: Store) -> None:

@@ -64,6 +64,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "staging",
         "convert",
         "repair",
+        "lazy",
+        "export",
     ),
     "moving": ("arena", "cache", "turns", "bindings", "parts", "follower", "pipeline", "link"),
     "model": (

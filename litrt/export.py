@@ -1,0 +1,102 @@
+"""Writes a store as a safetensors file: a length, a JSON header and the values, one after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from zarr.abc.store import Store as ZarrStore
+from zarr.storage import StorePath
+
+from litrt.checkpoint import SAFETENSORS_DTYPES
+from litrt.errors import StoreError
+from litrt.progress import Progress
+from litrt.reader import Reader
+from litrt.staging import sync
+from litrt.store import Store, open_store
+from litrt.units import format_bytes
+
+_HEADER_ALIGN_BYTES = 8
+
+
+def export(
+    store: str | os.PathLike[str] | ZarrStore | StorePath | Store,
+    file: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Writes all weights of a store to a safetensors file, bit for bit, and returns its path.
+
+    Every name has its values there, also those that share them in the store, as the format has no sharing. Holds one
+    chunk at a time. The file is written to `<file>.partial` beside it, and renamed when it is on disk.
+
+    Args:
+        store: A store, or what `litrt.open_store` opens.
+        file: The file to write, by custom `*.safetensors`.
+        overwrite: Replaces a file that is there, once the new one is complete.
+        progress: Shows a line of progress on stderr, if that is a terminal.
+
+    Raises:
+        StoreError: If there is no store, if it has a dtype that safetensors has not, or if `file` exists or would not
+            fit on the disk.
+        CorruptWeightError: If a chunk is damaged.
+    """
+    opened = store if isinstance(store, Store) else open_store(store)
+    target = Path(os.path.realpath(file))
+    if target.is_dir() or (os.path.lexists(target) and not overwrite):
+        raise StoreError(
+            f"{file} exists: choose another path" + ("." if target.is_dir() else ", or pass overwrite=True.")
+        )
+    header, n_bytes = _header(opened)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(target.parent).free
+    if free_bytes < len(header) + n_bytes:
+        raise StoreError(
+            f"{target} needs {format_bytes(len(header) + n_bytes)} and the disk has {format_bytes(free_bytes)} free: "
+            "free some, or choose a path on another disk."
+        )
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        with partial.open("wb") as out, Progress(target.name, n_bytes, shown=progress) as bar:
+            out.write(header)
+            reader = Reader(opened)
+            for name in opened:
+                for piece in reader.pieces(name):
+                    values = np.empty(piece.nbytes, dtype=np.uint8)
+                    reader.read_part(piece, values)
+                    out.write(values.data)
+                    bar.add(piece.nbytes)
+            reader.close()
+        sync(partial)
+        partial.rename(target)
+        sync(target.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _header(store: Store) -> tuple[bytes, int]:
+    """Returns the length and the header of the file, and the bytes of the values behind it."""
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in store:
+        info = store[name]
+        dtype = str(info.dtype).removeprefix("torch.")
+        if dtype not in names:
+            raise StoreError(
+                f"safetensors has no dtype {dtype}, which {name!r} has: convert it to another dtype first."
+            )
+        if name in entries:
+            raise StoreError(f"safetensors has no tensor of the name {name!r}: rename it.")
+        end = position + info.nbytes
+        entries[name] = {"dtype": names[dtype], "shape": list(info.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGN_BYTES)
+    return len(text).to_bytes(8, "little") + text, position
