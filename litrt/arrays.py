@@ -121,16 +121,16 @@ def node_name(name: str) -> str:
     return escaped
 
 
-def litrt_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+def litrt_attributes(attributes: object) -> dict[str, Any]:
     """Returns what litrt wrote to the attributes of a group or an array; nothing where it wrote nothing."""
-    header = attributes.get("litrt")
+    header = attributes.get("litrt") if isinstance(attributes, Mapping) else None
     return header if isinstance(header, dict) else {}
 
 
-def torch_dtype(attributes: Mapping[str, Any], stored: str) -> torch.dtype | None:
+def torch_dtype(attributes: object, stored: str) -> torch.dtype | None:
     """Returns the dtype of an array of data type `stored` by its attributes, or None where torch has none such."""
     name = litrt_attributes(attributes).get("torch_dtype", stored)
-    dtype = getattr(torch, name, None) if name in _NATIVE | _VIEWED else None
+    dtype = getattr(torch, name, None) if isinstance(name, str) and name in _NATIVE | _VIEWED else None
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
@@ -153,28 +153,42 @@ class ChunkFiles:
 
 def chunk_files(metadata: Mapping[str, Any]) -> ChunkFiles | None:
     """Returns what the metadata of an array says of its chunk files, or None where zarr-python has to read them."""
-    shape, codecs = tuple(metadata.get("shape", ())), metadata.get("codecs")
-    dtype = torch_dtype(metadata.get("attributes", {}), str(metadata.get("data_type")))
+    shape, codecs = _extents(metadata.get("shape"), least=0), metadata.get("codecs")
+    dtype = torch_dtype(metadata.get("attributes"), str(metadata.get("data_type")))
     if dtype is None or array_dtype(dtype) != metadata.get("data_type"):
         return None
     if metadata.get("zarr_format") != 3 or metadata.get("storage_transformers") or not isinstance(codecs, list):
         return None
     grid, grid_options = _extension(metadata.get("chunk_grid"))
     keys, key_options = _extension(metadata.get("chunk_key_encoding"))
-    chunks = tuple(grid_options.get("chunk_shape", ()))
+    chunks = _extents(grid_options.get("chunk_shape"), least=1)
+    if shape is None or chunks is None or len(shape) != len(chunks):
+        return None
     chain = [_extension(codec) for codec in codecs]
     is_packed = [name for name, _ in chain] == ["bytes", "blosc", "crc32c"]
     is_plain = (
         (grid, keys, key_options.get("separator", "/")) == ("regular", "default", "/")
         and (is_packed or [name for name, _ in chain] == ["bytes", "crc32c"])
         and (dtype.itemsize == 1 or chain[0][1].get("endian") == "little")
-        and not (is_packed and chain[1][1].get("blocksize", 0) > MAX_BLOCK_BYTES)
+        and not (is_packed and not 0 <= _integer(chain[1][1].get("blocksize", 0)) <= MAX_BLOCK_BYTES)
     )
     axis = lead_axis(shape)
     expected = tuple(max(extent, 1) for extent in shape)
     if not is_plain or (*chunks[:axis], *chunks[axis + 1 :]) != (*expected[:axis], *expected[axis + 1 :]):
         return None
     return ChunkFiles(shape, chunks, dtype, is_packed)
+
+
+def _integer(value: object) -> int:
+    """Returns an integer, or -1 for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else -1
+
+
+def _extents(value: object, *, least: int) -> tuple[int, ...] | None:
+    """Returns a list of integers of 64 bits of at least `least`, or None for anything else."""
+    if not isinstance(value, list) or any(not least <= _integer(extent) < 1 << 63 for extent in value):
+        return None
+    return tuple(value)
 
 
 def _extension(value: object) -> tuple[object, dict[str, Any]]:

@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+"""Not to wait for who writes to a pipe, which a store that somebody else has made may have; files do not care."""
 
 
 class StoppedError(Exception):

@@ -7,10 +7,12 @@ zarr.json files as JSON, which takes milliseconds; everything else is opened thr
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
 import os
+import stat
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,6 +34,15 @@ from litrt.errors import StoreError, WeightNotFoundError
 
 FORMAT = 1
 """The version of the format that is written, and the newest that can be read."""
+
+_MAX_JSON_BYTES = 100_000_000
+"""What the metadata of a store may take, which is read whole: as much as the header of a safetensors file."""
+
+_LARGE_BYTES = 64 << 20
+"""From this size on, a tensor is looked for before it is believed in."""
+
+_MOST_RATIO = 1000
+"""Bytes that no codec makes of one."""
 
 
 @dataclass(frozen=True)
@@ -255,9 +266,11 @@ def _open_local(label: str, root: Path) -> Store:
             return None
         found = _direct_info(name, node, array)
         if found is None:
-            if not group:
-                group.append(open_group())
-            found = _array_info(label, name, group[0][node])
+            with _refusing(f"{root / node / 'zarr.json'}"):
+                if not group:
+                    group.append(open_group())
+                found = _array_info(label, name, group[0][node])
+        _check_is_there(label, found, root)
         return found
 
     return _make_store(label, document.get("attributes", {}), info, open_group, root=str(root))
@@ -278,18 +291,20 @@ def _open_zarr(label: str, path: str | os.PathLike[str] | ZarrStore | StorePath)
 
     try:
         group = open_group()
-    except (FileNotFoundError, KeyError, ValueError, zarr.errors.BaseZarrError) as error:
+    except (FileNotFoundError, KeyError, TypeError, ValueError, zarr.errors.BaseZarrError) as error:
         raise _not_a_store(label) from error
     try:
 
         def fetch(name: str) -> TensorInfo | None:
-            try:
-                return _array_info(label, name, group[node_name(name)])
-            except KeyError:
+            if node_name(name) not in group:
                 return None
+            with _refusing(f"the metadata of {name!r}"):
+                return _array_info(label, name, group[node_name(name)])
+            raise AssertionError("an error is never swallowed")
 
         # One request per array: together, because a remote store takes long to answer each.
-        listed = litrt_attributes(group.attrs.asdict()).get("tensors", [])
+        told = litrt_attributes(group.attrs.asdict()).get("tensors")
+        listed = [name for name in told if isinstance(name, str)] if isinstance(told, list) else []
         with ThreadPoolExecutor(16) as pool:
             infos = dict(zip(listed, pool.map(fetch, listed), strict=True))
         return _make_store(label, group.attrs.asdict(), infos.get, open_group, root=None)
@@ -308,17 +323,20 @@ def _open_group(store: ZarrStore, path: str = "", *, owned: bool = True) -> zarr
 
 def _make_store(
     label: str,
-    attributes: dict[str, Any],
+    attributes: object,
     find: Callable[[str], TensorInfo | None],
     open_group: Callable[[], zarr.Group],
     *,
     root: str | None,
 ) -> Store:
     header = litrt_attributes(attributes)
-    version, names, aliases = header.get("format"), header.get("tensors"), header.get("aliases", {})
+    version, aliases = header.get("format"), header.get("aliases", {})
+    names: Any = header.get("tensors")
     if isinstance(version, int) and version > FORMAT:
         raise StoreError(f"{label} has format {version} and this version of litrt reads up to {FORMAT}: upgrade litrt.")
-    if version != FORMAT or not isinstance(names, list) or not isinstance(aliases, dict):
+    if type(version) is not int or version != FORMAT or not _are_strings(names) or not isinstance(aliases, dict):
+        raise _not_a_store(label)
+    if not _are_strings(list(aliases.values())):
         raise _not_a_store(label)
     distinct = [name for name in names if name not in aliases]
     infos = {name: info for name in distinct if (info := find(name)) is not None}
@@ -344,14 +362,57 @@ def _make_store(
     )
 
 
+def _are_strings(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Makes a StoreError of whatever zarr-python raises for metadata that it cannot make sense of."""
+    try:
+        yield
+    except (StoreError, OSError):
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise StoreError(f"{what} is damaged: {reason[:200]}. Run litrt convert again.") from error
+
+
 def _read_json(file: Path) -> dict[str, Any] | None:
     try:
-        document = json.loads(file.read_bytes())
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # which does not wait for who writes a pipe
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    with open(fd, "rb") as opened:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_JSON_BYTES:
+            raise StoreError(f"{file} is not the metadata of a store: it has {status.st_size} bytes.")
+        content = opened.read()
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{file} is damaged: it is not JSON ({error}). Run litrt convert again.") from error
     return document if isinstance(document, dict) else None
+
+
+def _check_is_there(label: str, info: TensorInfo, root: Path) -> None:
+    """Raises an error where a large tensor cannot be there: memory for it may be taken before its chunks are read."""
+    if info.nbytes <= _LARGE_BYTES:
+        return
+    directory = root / info.path
+    n_bytes = 0
+    for parent, _, files in os.walk(directory):
+        for file in files:
+            with contextlib.suppress(OSError):
+                n_bytes += os.path.getsize(Path(parent, file))
+    least = info.nbytes // 2
+    if info.packed or not info.direct:
+        least //= _MOST_RATIO
+    if n_bytes < least:
+        raise StoreError(
+            f"{label} is incomplete: {info.name!r} has {info.nbytes} bytes and its files {n_bytes}. Files were deleted "
+            "or a copy was interrupted: copy the store again, or run litrt convert again."
+        )
 
 
 def _direct_info(name: str, node: str, metadata: dict[str, Any]) -> TensorInfo | None:
@@ -361,6 +422,8 @@ def _direct_info(name: str, node: str, metadata: dict[str, Any]) -> TensorInfo |
         return None
     axis = lead_axis(found.shape)
     nbytes = math.prod(found.shape) * found.dtype.itemsize
+    if math.prod(found.chunks) * found.dtype.itemsize > max(2 * nbytes, _LARGE_BYTES):
+        return None  # scratch is as large as a chunk
     chunk_rows = found.chunks[axis] if found.chunks else 1
     told = litrt_attributes(metadata.get("attributes", {}))
     n_rows = found.shape[axis] if found.shape else 1
@@ -392,7 +455,12 @@ def _array_info(label: str, name: str, array: object) -> TensorInfo:
             f"{label}: {name!r} is stored as {array.dtype.name}, which is no form of a torch dtype that "
             "litrt knows: upgrade litrt, or run litrt convert again."
         )
-    chunk_rows = array.chunks[lead_axis(array.shape)] if array.shape else 1
+    chunk_rows = max(array.chunks[lead_axis(array.shape)], 1) if array.shape else 1
     chunk_bytes = math.prod(array.chunks) * dtype.itemsize
     nbytes = math.prod(array.shape) * dtype.itemsize
+    if max(array.shape, default=0) >= 1 << 63 or chunk_bytes > max(2 * nbytes, _LARGE_BYTES):
+        raise StoreError(
+            f"{label}: {name!r} has shape {array.shape} and chunks of shape {array.chunks}, which no memory holds: "
+            "run litrt convert again."
+        )
     return TensorInfo(name, array.shape, dtype, nbytes, node_name(name), chunk_rows, False, chunk_bytes)

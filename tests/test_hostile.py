@@ -1,0 +1,244 @@
+"""Stores made by somebody who means harm, or broken in ways that no disk breaks them: refused, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import litrt
+from litrt.arrays import node_name
+from litrt.convert import convert
+from litrt.reader import Reader
+from litrt.store import open_store
+
+MOST_BYTES = 64 << 20
+"""No tensor of these stores is anywhere near as large."""
+
+JUNK: list[Any] = [
+    *(None, True, False, -1, 0, 1, 3, 1.5, 2**31, 2**63, 2**64, 10**30, float("nan"), float("inf")),
+    *("", "..", "../..", "/etc/passwd", "\0", "a" * 5000, "float32", "uint8", "NaN", "ü", "w", "tied"),
+    *([], {}, [[]], [None], [-1], [0], [1] * 50, [2**62, 2**62], [10**12], ["w"], ["w", "w"], {"w": "w"}, {"a": []}),
+    *({"name": "bytes"}, {"name": "zstd", "configuration": {}}, [{"name": "crc32c"}], [{"name": "sharding_indexed"}]),
+]
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Path]:
+    root = Path(tempfile.mkdtemp())
+    tied = torch.arange(60.0).view(20, 3)
+    weights = {
+        "w": torch.randn(700, 50),
+        "tied": tied,
+        "tie": tied,
+        "scalar": torch.tensor(1),
+        "empty": torch.empty(0, 3),
+        "half": torch.ones(9, dtype=torch.bfloat16),
+    }
+    convert(weights, root / "plain.zarr", progress=False)
+    convert(weights, root / "packed.zarr", compress="zstd", progress=False)
+    yield root
+    shutil.rmtree(root)
+
+
+def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yields where in a document there is something."""
+    yield path
+    items = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
+    for key, value in items:
+        yield from places(value, (*path, key))
+
+
+def changed(document: Any, path: tuple[Any, ...], junk: Any, how: str) -> Any:
+    if not path:
+        return junk
+    made = copy.deepcopy(document)
+    parent = made
+    for key in path[:-1]:
+        parent = parent[key]
+    if how == "drop":
+        del parent[path[-1]]
+    elif how == "add" and isinstance(parent, dict):
+        parent[str(junk)[:20]] = junk
+    else:
+        parent[path[-1]] = junk
+    return made
+
+
+def use(root: Path) -> None:
+    """Opens a store and reads all of it; a refusal is an answer, any other error is not."""
+    try:
+        store = open_store(root)
+        repr(store)
+        assert store.total_bytes >= 0
+        reader = Reader(store)
+    except (litrt.LitrtError, FileNotFoundError):
+        return
+    for name in store:
+        try:
+            tensor = reader.read_tensor(name)
+        except litrt.LitrtError:
+            continue
+        assert tensor.nbytes < MOST_BYTES
+
+
+@pytest.fixture(autouse=True)
+def _no_large_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def bounded(*size: Any, **options: Any) -> torch.Tensor:
+        made = empty(*size, **{**options, "device": "meta"})
+        assert made.nbytes < MOST_BYTES, f"{made.nbytes} bytes asked for"
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", bounded)
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made / "plain.zarr", tmp_path / "s.zarr")
+    return tmp_path / "s.zarr"
+
+
+def rewrite(file: Path, path: tuple[Any, ...], value: Any) -> None:
+    file.write_text(json.dumps(changed(json.loads(file.read_text()), path, value, "put")))
+
+
+# Anything.
+
+
+@given(st.data())
+@settings(max_examples=400)
+def test_metadata_of_any_kind_is_read_or_refused(made: Path, data: st.DataObject) -> None:
+    root = made / data.draw(st.sampled_from(["plain.zarr", "packed.zarr"]))
+    file = root / data.draw(st.sampled_from(["", "w", "tied", "scalar", "empty"])) / "zarr.json"
+    whole = file.read_bytes()
+    document = json.loads(whole)
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(list(places(document))))
+        junk, how = data.draw(st.sampled_from(JUNK)), data.draw(st.sampled_from(["put", "drop", "add"]))
+        document = changed(document, path, junk, how)
+    try:
+        file.write_text(json.dumps(document))
+        use(root)
+    finally:
+        file.write_bytes(whole)
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_bytes_of_any_kind_are_read_or_refused(made: Path, data: st.DataObject) -> None:
+    root = made / data.draw(st.sampled_from(["plain.zarr", "packed.zarr"]))
+    file = data.draw(st.sampled_from(sorted(file for file in root.rglob("*") if file.is_file())))
+    whole = file.read_bytes()
+    content = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        position = data.draw(st.integers(0, max(len(content) - 1, 0)))
+        content[position : position + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
+    try:
+        file.write_bytes(content)
+        use(root)
+    finally:
+        file.write_bytes(whole)
+
+
+# What somebody would think of.
+
+
+@pytest.mark.parametrize("name", ["..", "../../w", "/etc", "a/../../b", "w\0", "__w", "zarr.json", "C:\\w", "."])
+def test_no_name_leads_out_of_a_store(name: str, tmp_path: Path) -> None:
+    assert len(Path(node_name(name)).parts) == 1
+    (tmp_path / "in").mkdir()
+    store = convert({name: torch.ones(3)}, tmp_path / "in" / "s.zarr", progress=False)
+    assert torch.equal(Reader(store).read_tensor(name), torch.ones(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["s.zarr"]
+
+
+@pytest.mark.parametrize(
+    "aliases",
+    [{"tie": "tie"}, {"tie": "tied", "tied": "tie"}, {"tie": "none"}, {"tie": ["tied"]}, {"tie": None}, ["tie"]],
+)
+def test_aliases_that_lead_nowhere_are_refused(aliases: Any, store: Path) -> None:
+    rewrite(store / "zarr.json", ("attributes", "litrt", "aliases"), aliases)
+    with pytest.raises(litrt.StoreError, match=r"is incomplete|is not a litrt store"):
+        open_store(store)
+
+
+@pytest.mark.parametrize("shape", [[1 << 40], [1 << 31, 1 << 31], [1 << 62, 1 << 62], [700 << 20, 50]])
+@pytest.mark.parametrize("is_one_chunk", [True, False])
+def test_a_tensor_that_cannot_be_there_is_refused_before_memory_is_taken(
+    shape: list[int], is_one_chunk: bool, store: Path
+) -> None:
+    rewrite(store / "w" / "zarr.json", ("shape",), shape)
+    chunks = shape if is_one_chunk else [1000, *shape[1:]]
+    rewrite(store / "w" / "zarr.json", ("chunk_grid", "configuration", "chunk_shape"), chunks)
+    with pytest.raises(litrt.StoreError, match=r"'w' has|zarr\.json is damaged|attributes of 'w' are damaged"):
+        open_store(store)
+
+
+def test_metadata_without_an_end_is_refused(store: Path) -> None:
+    for file in (store / "zarr.json", store / "w" / "zarr.json"):
+        whole = file.read_bytes()
+        file.write_text("[" * 1_000_000)
+        with pytest.raises(litrt.StoreError, match="is damaged: it is not JSON"):
+            open_store(store)
+        os.truncate(file, 1 << 40)
+        with pytest.raises(litrt.StoreError, match="is not the metadata of a store"):
+            open_store(store)
+        file.unlink()
+        os.mkfifo(file)
+        with pytest.raises(litrt.StoreError, match=r"is not the metadata of a store|is not a litrt store"):
+            open_store(store)
+        file.unlink()
+        file.write_bytes(whole)
+    use(store)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "zeros", "loop", "directory"])
+def test_a_chunk_that_is_no_file_is_an_error_and_not_waited_for(kind: str, store: Path) -> None:
+    chunk = store / "w" / "c" / "0" / "0"
+    chunk.unlink()
+    if kind == "pipe":
+        os.mkfifo(chunk)
+    elif kind == "directory":
+        chunk.mkdir()
+    else:
+        chunk.symlink_to("/dev/zero" if kind == "zeros" else chunk)
+    reader = Reader(open_store(store))
+    with pytest.raises(litrt.CorruptWeightError, match=r"weight 'w': .*/w/c/0/0"):
+        reader.read_tensor("w")
+
+
+def test_a_bomb_of_compressed_zeros_is_refused(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "packed.zarr", tmp_path / "s.zarr")
+    file = tmp_path / "s.zarr" / "w" / "zarr.json"
+    rewrite(file, ("shape",), [1 << 30, 50])
+    rewrite(file, ("chunk_grid", "configuration", "chunk_shape"), [1 << 30, 50])
+    with pytest.raises(litrt.StoreError, match=r"is incomplete: 'w' has 214748364800 bytes and its files \d+"):
+        open_store(tmp_path / "s.zarr")
+
+
+def test_a_store_is_never_code(tmp_path: Path) -> None:
+    """What torch's files may have beside tensors is refused, and no function in it is called."""
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"w": torch.ones(2), "x": Evil()}, tmp_path / "model.pt")
+    with pytest.raises(litrt.StoreError, match="cannot load"):
+        convert(tmp_path / "model.pt", tmp_path / "s.zarr", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
