@@ -401,7 +401,7 @@ def _safetensors_header(path: Path, fd: int) -> tuple[dict[str, _Entry], int]:
         header: dict[str, Any] = json.loads(os.pread(fd, length, 8))
         header.pop("__metadata__", None)
         entries = {name: _entry(path, name, value) for name, value in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"{path} is not a safetensors file: its header is not what the format says.") from error
@@ -424,9 +424,11 @@ def _entry(path: Path, name: str, value: dict[str, Any]) -> _Entry:
     dtype = getattr(torch, SAFETENSORS_DTYPES.get(value["dtype"], ""), None)
     if not isinstance(dtype, torch.dtype):
         raise StoreError(f"{path}: {name!r} has dtype {value['dtype']}, which litrt cannot store.")
-    shape = tuple(int(extent) for extent in value["shape"])
+    shape = tuple(value["shape"])
     begin, end = value["data_offsets"]
-    if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
+    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, begin, end)):
+        raise ValueError("numbers of bytes and of elements are whole")
+    if end - begin != math.prod(shape) * dtype.itemsize:
         raise StoreError(
             f"{path} is damaged: {name!r} of shape {shape} and dtype {value['dtype']} takes "
             f"{math.prod(shape) * dtype.itemsize} bytes, and the header gives it {end - begin}."

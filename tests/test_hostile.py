@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import litrt
 from litrt.arrays import node_name
+from litrt.checkpoint import open_source
 from litrt.convert import convert
 from litrt.reader import Reader
 from litrt.store import open_store
@@ -152,6 +153,29 @@ def test_bytes_of_any_kind_are_read_or_refused(made: Path, data: st.DataObject) 
         use(root)
     finally:
         file.write_bytes(whole)
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_a_safetensors_header_of_any_kind_is_read_or_refused(data: st.DataObject) -> None:
+    header: Any = {
+        "w": {"dtype": "F32", "shape": [20, 3], "data_offsets": [0, 240]},
+        "half": {"dtype": "BF16", "shape": [4], "data_offsets": [240, 248]},
+        "empty": {"dtype": "I64", "shape": [0, 2], "data_offsets": [248, 248]},
+    }
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(list(places(header))))
+        junk, how = data.draw(st.sampled_from(JUNK)), data.draw(st.sampled_from(["put", "drop", "add"]))
+        header = changed(header, path, junk, how)
+    text = json.dumps(header).encode()
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "model.safetensors")
+        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(248))
+        try:
+            with open_source(file) as source:
+                assert sum(source.fetch(name).nbytes for name in source.names) <= 248
+        except litrt.LitrtError:
+            pass
 
 
 # What somebody would think of.
