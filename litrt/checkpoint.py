@@ -8,67 +8,24 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import math
 import mmap
 import os
 import zipfile
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from litrt.errors import CorruptWeightError, StoreError
+from litrt.errors import StoreError
+from litrt.raw_files import open_npz, open_offloaded
+from litrt.safetensors_file import open_safetensors
+from litrt.source import Source
 from litrt.wrappers import is_wrapper, parts
 
 SourceLike = Mapping[str, torch.Tensor] | str | os.PathLike[str]
 
 _TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
-_MAX_HEADER_BYTES = 100_000_000  # what the safetensors library accepts
-SAFETENSORS_DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Named tensors, given one at a time.
-
-    Attributes:
-        names: All names, in order.
-        aliases: Names of tensors that share the memory of an earlier one, and the name of that one.
-        sizes: Elements and dtype of each tensor, where they are known before it is fetched.
-        fetch: Returns a tensor of a name that is not an alias. In order, each file is opened once.
-        release: Called when the tensor that was fetched is no longer needed.
-        files: Those that it is in, if it is in files.
-    """
-
-    names: tuple[str, ...]
-    fetch: Callable[[str], torch.Tensor]
-    aliases: dict[str, str] = field(default_factory=dict)
-    sizes: dict[str, tuple[int, torch.dtype]] | None = None
-    release: Callable[[torch.Tensor], None] = lambda tensor: None
-    files: tuple[Path, ...] = ()
 
 
 @contextlib.contextmanager
@@ -93,7 +50,9 @@ def open_source(source: SourceLike) -> Iterator[Source]:
         )
     path = _checkpoint_file(Path(source))
     with contextlib.ExitStack() as stack:
-        if path.name.endswith(".index.json"):
+        if path.name == "index.json":
+            yield open_offloaded(path, stack)
+        elif path.name.endswith(".index.json"):
             yield _open_shards(path, stack)
         else:
             yield _open_file(path, stack)
@@ -114,19 +73,24 @@ def _checkpoint_file(path: Path) -> Path:
         if found:
             names = ", ".join([file.name for file in found[:4]] + ["..."] * (len(found) > 4))
             raise StoreError(f"{path} has {len(found)} checkpoints ({names}): pass one of them.")
+    if (path / "index.json").is_file():
+        return path / "index.json"
     raise StoreError(
-        f"{path} has no checkpoint: expected model.safetensors, pytorch_model.bin or an index of shards (*.index.json)."
+        f"{path} has no checkpoint: expected model.safetensors, pytorch_model.bin, an index of shards (*.index.json) "
+        "or the index.json of weights that were offloaded."
     )
 
 
 def _open_file(path: Path, stack: contextlib.ExitStack) -> Source:
     if path.suffix == ".safetensors":
-        return _open_safetensors(path, stack)
+        return open_safetensors(path, stack)
     if path.suffix in _TORCH_SUFFIXES:
         return _open_torch(path)
+    if path.suffix == ".npz":
+        return open_npz(path, stack)
     raise StoreError(
         f"cannot tell what {path} is: expected .safetensors, .index.json, "
-        f"{', '.join(sorted(_TORCH_SUFFIXES))} or a directory with one of them."
+        f"{', '.join(sorted(_TORCH_SUFFIXES))}, .npz or a directory with one of the first ones."
     )
 
 
@@ -364,87 +328,3 @@ def _forget_pages(tensor: torch.Tensor, mapped: list[tuple[int, int]]) -> None:
     start, end = start - start % mmap.PAGESIZE, end - end % mmap.PAGESIZE
     if start < end and any(low <= start and end <= high for low, high in mapped):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
-
-
-def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> Source:
-    """Opens a file as https://huggingface.co/docs/safetensors describes it: length, JSON header, values."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    stack.callback(os.close, fd)
-    entries, start = _safetensors_header(path, fd)
-
-    def fetch(name: str) -> torch.Tensor:
-        dtype, shape, begin, end = entries[name]
-        tensor = torch.empty(end - begin, dtype=torch.uint8)
-        _pread_into(path, fd, name, tensor, start + begin)
-        return tensor.view(dtype).reshape(shape)
-
-    def release(tensor: torch.Tensor) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-    sizes = {name: (math.prod(shape), dtype) for name, (dtype, shape, _, _) in entries.items()}
-    return Source(tuple(entries), fetch, {}, sizes, release, (path,))
-
-
-_Entry = tuple[torch.dtype, tuple[int, ...], int, int]
-
-
-def _safetensors_header(path: Path, fd: int) -> tuple[dict[str, _Entry], int]:
-    size = os.fstat(fd).st_size
-    length = int.from_bytes(os.pread(fd, 8, 0), "little")
-    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-        raise StoreError(
-            f"{path} is not a safetensors file, or its beginning is lost: it has {size} bytes and announces "
-            f"a header of {length}. Download it again."
-        )
-    try:
-        header: dict[str, Any] = json.loads(os.pread(fd, length, 8))
-        header.pop("__metadata__", None)
-        entries = {name: _entry(path, name, value) for name, value in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"{path} is not a safetensors file: its header is not what the format says.") from error
-    position = 0
-    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if begin != position:
-            raise StoreError(f"{path} is damaged: {name!r} begins at byte {begin} and should at {position}.")
-        position = end
-        if 8 + length + end > size:
-            whole = 8 + length + max(entry[3] for entry in entries.values())
-            raise CorruptWeightError(
-                f"{path} is truncated: it has {size} of {whole} bytes, and {name!r} is cut off. Download it again.",
-                name=name,
-                file=str(path),
-            )
-    return entries, 8 + length
-
-
-def _entry(path: Path, name: str, value: dict[str, Any]) -> _Entry:
-    dtype = getattr(torch, SAFETENSORS_DTYPES.get(value["dtype"], ""), None)
-    if not isinstance(dtype, torch.dtype):
-        raise StoreError(f"{path}: {name!r} has dtype {value['dtype']}, which litrt cannot store.")
-    shape = tuple(value["shape"])
-    begin, end = value["data_offsets"]
-    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, begin, end)):
-        raise ValueError("numbers of bytes and of elements are whole")
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        raise StoreError(
-            f"{path} is damaged: {name!r} of shape {shape} and dtype {value['dtype']} takes "
-            f"{math.prod(shape) * dtype.itemsize} bytes, and the header gives it {end - begin}."
-        )
-    return dtype, shape, begin, end
-
-
-def _pread_into(path: Path, fd: int, name: str, tensor: torch.Tensor, position: int) -> None:
-    view = tensor.numpy().data
-    while len(view):
-        n_read = os.preadv(fd, [view], position)
-        if n_read == 0:
-            raise CorruptWeightError(
-                f"{path} is truncated at byte {position}, inside {name!r}. Download it again.",
-                name=name,
-                file=str(path),
-            )
-        position += n_read
-        view = view[n_read:]

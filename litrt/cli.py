@@ -48,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         help="write a checkpoint as a store",
         description="Writes a checkpoint as a store: a .safetensors file, a sharded checkpoint (its directory or its "
-        "*.index.json), or a .bin, .pt or .pth file of torch. Values are kept bit for bit, unless --dtype is given.",
+        "*.index.json), a .bin, .pt or .pth file of torch, a .npz file of numpy, or a folder that Accelerate has "
+        "offloaded weights to. Values are kept bit for bit, unless --dtype is given.",
     )
     command.add_argument("source", help="the checkpoint")
     command.add_argument("store", help="the directory to write, by custom *.zarr")

@@ -20,11 +20,12 @@ from zarr.storage import LocalStore
 
 from litrt.arrays import array_dtype, chunk_shape, dtype_name, floating_dtype, lead_axis, node_name
 from litrt.blocks import Blocks, choose_block_rows, sums_of_chunk
-from litrt.checkpoint import Source, SourceLike, open_source
+from litrt.checkpoint import SourceLike, open_source
 from litrt.compression import CHUNK_BYTES, CODECS, SAMPLE_BYTES, Compression, blosc_codec
 from litrt.crc import Bytes, extend_crc
 from litrt.errors import StoreError
 from litrt.progress import Progress
+from litrt.source import Source
 from litrt.staging import Staging, bytes_of_chunks, sync
 from litrt.store import FORMAT, Store, open_store
 from litrt.units import format_bytes
@@ -49,8 +50,9 @@ def convert(
     Args:
         source: A `state_dict`; any other mapping of names to tensors, of which each is fetched once and
             dropped before the next; a `.safetensors` file; a `.bin`, `.pt`, `.pth` or `.ckpt` file of
-            tensors; the directory or the `.index.json` of a sharded checkpoint. Tensors that share their
-            memory in a `dict` or a torch file are stored once.
+            tensors; the directory or the `.index.json` of a sharded checkpoint; a `.npz` file of numpy; the
+            folder that Accelerate has offloaded weights to, or its `index.json`. Tensors that share their memory
+            in a `dict` or a torch file are stored once.
         store: Directory to write.
         dtype: Casts floating tensors, and no others, to this dtype.
         compress: None, "lz4" or "zstd": lossless. "auto" measures how fast the weights are read from the disk of

@@ -11,10 +11,10 @@ import numpy as np
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import StorePath
 
-from litrt.checkpoint import SAFETENSORS_DTYPES
 from litrt.errors import StoreError
 from litrt.progress import Progress
 from litrt.reader import Reader
+from litrt.safetensors_file import SAFETENSORS_DTYPES
 from litrt.staging import sync
 from litrt.store import Store, open_store
 from litrt.units import format_bytes

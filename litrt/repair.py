@@ -14,11 +14,12 @@ from zarr.storage import LocalStore
 
 from litrt.arrays import array_dtype, lead_axis, litrt_attributes
 from litrt.blocks import Blocks, sums_of_chunk
-from litrt.checkpoint import Source, SourceLike, open_source
+from litrt.checkpoint import SourceLike, open_source
 from litrt.convert import values_of
 from litrt.crc import Bytes, extend_crc
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.reader import Piece, Reader
+from litrt.source import Source
 from litrt.staging import sync
 from litrt.store import Store, TensorInfo, open_store
 from litrt.verify import check_piece, verify

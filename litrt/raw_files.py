@@ -1,0 +1,138 @@
+"""Arrays in files of numpy (`.npz`), and the folders that Accelerate offloads weights to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from litrt.errors import CorruptWeightError, StoreError
+from litrt.safetensors_file import open_safetensors
+from litrt.source import Source, read_into
+
+_SUFFIX = ".npy"
+_MOST_RATIO = 1032  # what zlib makes of zeros
+
+
+def open_npz(path: Path, stack: contextlib.ExitStack) -> Source:
+    """Opens a file of `numpy.savez`, which is closed with `stack`.
+
+    Raises:
+        StoreError: If it is not such a file, or has an array that is no tensor.
+        CorruptWeightError: If an array cannot be read; raised when it is fetched.
+    """
+    try:
+        archive = stack.enter_context(zipfile.ZipFile(path))
+        names = [name.removesuffix(_SUFFIX) for name in archive.namelist() if name.endswith(_SUFFIX)]
+        sizes = {name: _size(path, name, archive) for name in names}
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path} is not a whole file of numpy.savez: {error}. Download it again.") from error
+
+    def fetch(name: str) -> torch.Tensor:
+        try:
+            with archive.open(name + _SUFFIX) as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
+        except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+            raise CorruptWeightError(
+                f"{path}: {name!r} is damaged: {error}. Download it again.", name=name, file=str(path)
+            ) from error
+        return torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
+
+    return Source(tuple(names), fetch, {}, sizes, files=(path,))
+
+
+def _size(path: Path, name: str, archive: zipfile.ZipFile) -> tuple[int, torch.dtype]:
+    """Returns the elements and the dtype of an array by its header."""
+    with archive.open(name + _SUFFIX) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    try:
+        found = torch.from_numpy(np.empty(0, dtype=dtype)).dtype
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{path}: {name!r} is an array of {dtype}, which is no tensor: leave it out.") from error
+    packed = archive.getinfo(name + _SUFFIX)
+    n_bytes = min(packed.file_size, packed.compress_size * _MOST_RATIO)
+    if math.prod(shape) * dtype.itemsize > n_bytes:
+        raise StoreError(f"{path} is damaged: {name!r} of shape {shape} is larger than what the file has of it.")
+    return math.prod(shape), found
+
+
+def open_offloaded(index: Path, stack: contextlib.ExitStack) -> Source:
+    """Opens the `index.json` of a folder that Accelerate has offloaded weights to; its files are closed with `stack`.
+
+    Each weight is a `<name>.dat` of its values, or is said to be in a safetensors file.
+
+    Raises:
+        StoreError: If it is not such an index.
+        CorruptWeightError: If a file is truncated or missing.
+    """
+    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    elsewhere: dict[str, tuple[str, str]] = {}
+    try:
+        for name, told in json.loads(index.read_bytes()).items():
+            if "safetensors_file" in told:
+                elsewhere[name] = (str(told["safetensors_file"]), str(told.get("weight_name", name)))
+            else:
+                entries[name] = _entry(told)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StoreError(f"{index} is not the index of an offload folder of Accelerate: {error}.") from error
+    files = {name: _offloaded_file(index, name, entry) for name, entry in entries.items()}
+    opened = {file: open_safetensors(index.parent / file, stack) for file, _ in dict.fromkeys(elsewhere.values())}
+    for name, (file, key) in elsewhere.items():
+        if key not in opened[file].names:
+            raise StoreError(f"{index} places {name!r} in {file}, which has no {key!r}.")
+
+    def fetch(name: str) -> torch.Tensor:
+        if name in elsewhere:
+            file, key = elsewhere[name]
+            return opened[file].fetch(key)
+        dtype, shape = entries[name]
+        tensor = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        fd = os.open(files[name], os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            read_into(files[name], fd, name, tensor, 0)
+        finally:
+            os.close(fd)
+        return tensor.view(dtype).reshape(shape)
+
+    sizes = {name: (math.prod(shape), dtype) for name, (dtype, shape) in entries.items()}
+    sizes |= {name: (opened[file].sizes or {})[key] for name, (file, key) in elsewhere.items()}
+    names = (*entries, *elsewhere)
+    return Source(names, fetch, {}, sizes, files=(index, *files.values(), *map(Path, opened)))
+
+
+def _entry(told: dict[str, Any]) -> tuple[torch.dtype, tuple[int, ...]]:
+    dtype = getattr(torch, str(told["dtype"]), None)
+    shape = tuple(told["shape"])
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"there is no dtype {told['dtype']!r}")
+    if any(type(extent) is not int or not 0 <= extent < 1 << 63 for extent in shape):
+        raise ValueError(f"there is no shape {shape}")
+    return dtype, shape
+
+
+def _offloaded_file(index: Path, name: str, entry: tuple[torch.dtype, tuple[int, ...]]) -> Path:
+    """Returns the file of a weight, which has all of its bytes and lies beside the index."""
+    file = index.parent / f"{name}.dat"
+    if file.parent != index.parent or "\0" in name:
+        raise StoreError(f"{index} names {name!r}, which no file beside it can have.")
+    dtype, shape = entry
+    n_bytes = math.prod(shape) * dtype.itemsize
+    found = file.stat().st_size if file.is_file() else 0
+    if found < n_bytes:
+        raise CorruptWeightError(
+            f"{file} is truncated or missing: it has {found} of {n_bytes} bytes. Offload the model again.",
+            name=name,
+            file=str(file),
+        )
+    return file

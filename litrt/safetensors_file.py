@@ -1,0 +1,113 @@
+"""Safetensors files, as https://huggingface.co/docs/safetensors describes them: a length, a JSON header, the values."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litrt.errors import CorruptWeightError, StoreError
+from litrt.source import Source, read_into
+
+_MAX_HEADER_BYTES = 100_000_000  # what the safetensors library accepts
+SAFETENSORS_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+
+
+def open_safetensors(path: Path, stack: contextlib.ExitStack) -> Source:
+    """Opens a file, which is closed with `stack`.
+
+    Raises:
+        StoreError: If it is not a safetensors file.
+        CorruptWeightError: If it is truncated.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    entries, start = _safetensors_header(path, fd)
+
+    def fetch(name: str) -> torch.Tensor:
+        dtype, shape, begin, end = entries[name]
+        tensor = torch.empty(end - begin, dtype=torch.uint8)
+        read_into(path, fd, name, tensor, start + begin)
+        return tensor.view(dtype).reshape(shape)
+
+    def release(tensor: torch.Tensor) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    sizes = {name: (math.prod(shape), dtype) for name, (dtype, shape, _, _) in entries.items()}
+    return Source(tuple(entries), fetch, {}, sizes, release, (path,))
+
+
+_Entry = tuple[torch.dtype, tuple[int, ...], int, int]
+
+
+def _safetensors_header(path: Path, fd: int) -> tuple[dict[str, _Entry], int]:
+    size = os.fstat(fd).st_size
+    length = int.from_bytes(os.pread(fd, 8, 0), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise StoreError(
+            f"{path} is not a safetensors file, or its beginning is lost: it has {size} bytes and announces "
+            f"a header of {length}. Download it again."
+        )
+    try:
+        header: dict[str, Any] = json.loads(os.pread(fd, length, 8))
+        header.pop("__metadata__", None)
+        entries = {name: _entry(path, name, value) for name, value in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path} is not a safetensors file: its header is not what the format says.") from error
+    position = 0
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if begin != position:
+            raise StoreError(f"{path} is damaged: {name!r} begins at byte {begin} and should at {position}.")
+        position = end
+        if 8 + length + end > size:
+            whole = 8 + length + max(entry[3] for entry in entries.values())
+            raise CorruptWeightError(
+                f"{path} is truncated: it has {size} of {whole} bytes, and {name!r} is cut off. Download it again.",
+                name=name,
+                file=str(path),
+            )
+    return entries, 8 + length
+
+
+def _entry(path: Path, name: str, value: dict[str, Any]) -> _Entry:
+    dtype = getattr(torch, SAFETENSORS_DTYPES.get(value["dtype"], ""), None)
+    if not isinstance(dtype, torch.dtype):
+        raise StoreError(f"{path}: {name!r} has dtype {value['dtype']}, which litrt cannot store.")
+    shape = tuple(value["shape"])
+    begin, end = value["data_offsets"]
+    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, begin, end)):
+        raise ValueError("numbers of bytes and of elements are whole")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise StoreError(
+            f"{path} is damaged: {name!r} of shape {shape} and dtype {value['dtype']} takes "
+            f"{math.prod(shape) * dtype.itemsize} bytes, and the header gives it {end - begin}."
+        )
+    return dtype, shape, begin, end
