@@ -11,7 +11,7 @@ import json
 import mmap
 import os
 import zipfile
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from litrt.errors import StoreError
 from litrt.raw_files import open_npz, open_offloaded
 from litrt.safetensors_file import open_safetensors
-from litrt.source import Source
+from litrt.source import Source, merged
 from litrt.wrappers import is_wrapper, parts
 
 SourceLike = Mapping[str, torch.Tensor] | str | os.PathLike[str]
@@ -29,15 +29,20 @@ _TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 
 
 @contextlib.contextmanager
-def open_source(source: SourceLike) -> Iterator[Source]:
-    """Opens a checkpoint, and closes its files at the end.
+def open_source(source: SourceLike | Sequence[SourceLike]) -> Iterator[Source]:
+    """Opens a checkpoint, or several as one, and closes its files at the end.
 
     Raises:
         FileNotFoundError: If there is no such file.
         StoreError: If it is not a checkpoint that litrt can read.
         CorruptWeightError: If a file is truncated.
         TypeError: If `source` is neither a mapping nor a path, or a value is not a tensor.
+        ValueError: If two of several checkpoints have a tensor of the same name.
     """
+    if isinstance(source, list | tuple) and source:
+        with contextlib.ExitStack() as several:
+            yield merged([several.enter_context(open_source(one)) for one in source])
+        return
     if isinstance(source, nn.Module):
         raise TypeError("cannot convert a module: pass its weights, module.state_dict().")
     if isinstance(source, Mapping):

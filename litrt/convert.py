@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -25,16 +26,17 @@ from litrt.compression import CHUNK_BYTES, CODECS, SAMPLE_BYTES, Compression, bl
 from litrt.crc import Bytes, extend_crc
 from litrt.errors import StoreError
 from litrt.progress import Progress
-from litrt.source import Source
+from litrt.source import KeyMap, Source, renamed
 from litrt.staging import Staging, bytes_of_chunks, sync
 from litrt.store import FORMAT, Store, open_store
 from litrt.units import format_bytes
 
 
 def convert(
-    source: SourceLike,
+    source: SourceLike | Sequence[SourceLike],
     store: str | os.PathLike[str],
     *,
+    key_map: KeyMap | None = None,
     dtype: torch.dtype | str | None = None,
     compress: str | None = None,
     overwrite: bool = False,
@@ -52,8 +54,10 @@ def convert(
             dropped before the next; a `.safetensors` file; a `.bin`, `.pt`, `.pth` or `.ckpt` file of
             tensors; the directory or the `.index.json` of a sharded checkpoint; a `.npz` file of numpy; the
             folder that Accelerate has offloaded weights to, or its `index.json`. Tensors that share their memory
-            in a `dict` or a torch file are stored once.
+            in a `dict` or a torch file are stored once. A list of these is taken for one.
         store: Directory to write.
+        key_map: New names: a mapping of names to new ones, in which others keep theirs, or a function. None for a new
+            name leaves the tensor out.
         dtype: Casts floating tensors, and no others, to this dtype.
         compress: None, "lz4" or "zstd": lossless. "auto" measures how fast the weights are read from the disk of
             `store`, as they are and compressed, which needs some 300 MB there for a moment, once for each dtype, and
@@ -68,7 +72,7 @@ def convert(
         CorruptWeightError: If a file of `source` is truncated.
         FileNotFoundError: If there is no file `source`.
         TypeError: If `source` is not a checkpoint, or holds something else than plain tensors.
-        ValueError: If `dtype` or `compress` is not one of those above.
+        ValueError: If `dtype` or `compress` is not one of those above, or two tensors would have the same name.
     """
     cast = None if dtype is None else floating_dtype(dtype, "cast weights to")
     if compress is not None and compress not in (*CODECS, "auto"):
@@ -76,6 +80,8 @@ def convert(
     target = Path(os.path.realpath(_local_path(store)))
     _check_target(target, os.fspath(store), overwrite)
     with open_source(source) as opened:
+        if key_map is not None:
+            opened = renamed(opened, key_map)
         total_bytes = _total_bytes(opened, cast)
         target.parent.mkdir(parents=True, exist_ok=True)
         with Staging(target, _key(opened, cast, compress)) as staging:
@@ -96,7 +102,7 @@ def _key(source: Source, cast: torch.dtype | None, compress: str | None) -> str 
     files = [
         (str(file.resolve()), status.st_size, status.st_mtime_ns) for file in source.files for status in [file.stat()]
     ]
-    said = [version("litrt"), FORMAT, files, source.names, str(cast), compress]
+    said = [version("litrt"), FORMAT, files, source.names, source.aliases, str(cast), compress]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 

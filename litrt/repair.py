@@ -19,13 +19,19 @@ from litrt.convert import values_of
 from litrt.crc import Bytes, extend_crc
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.reader import Piece, Reader
-from litrt.source import Source
+from litrt.source import KeyMap, Source, renamed
 from litrt.staging import sync
 from litrt.store import Store, TensorInfo, open_store
 from litrt.verify import check_piece, verify
 
 
-def repair(source: SourceLike, store: str | os.PathLike[str], *, progress: bool = True) -> list[CorruptWeightError]:
+def repair(
+    source: SourceLike | Sequence[SourceLike],
+    store: str | os.PathLike[str],
+    *,
+    key_map: KeyMap | None = None,
+    progress: bool = True,
+) -> list[CorruptWeightError]:
     """Verifies a store, and writes what is damaged of it again from `source`, and nothing else.
 
     What is whole of a weight has to be what `source` has of it; so has what the checksums of its blocks say, which are
@@ -33,6 +39,7 @@ def repair(source: SourceLike, store: str | os.PathLike[str], *, progress: bool 
 
     Args:
         source: What the store was made of, as for `litrt.convert`.
+        key_map: The one that the store was made with.
         store: The directory of a store. Where it was converted to another dtype, so is what is written.
         progress: Shows a line of progress on stderr, if that is a terminal.
 
@@ -51,6 +58,8 @@ def repair(source: SourceLike, store: str | os.PathLike[str], *, progress: bool 
     damaged = verify(opened, progress=progress)
     if damaged:
         with open_source(source) as checkpoint:
+            if key_map is not None:
+                checkpoint = renamed(checkpoint, key_map)
             for name in dict.fromkeys(error.name for error in damaged):
                 _repair(checkpoint, opened, opened[name], [error.file for error in damaged if error.name == name])
     return damaged

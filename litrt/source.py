@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -50,3 +50,71 @@ def read_into(path: Path, fd: int, name: str, tensor: torch.Tensor, position: in
             )
         position += n_read
         view = view[n_read:]
+
+
+KeyMap = Mapping[str, str | None] | Callable[[str], str | None]
+"""Names of tensors to their new names, or to None for those to leave out; of a mapping, others keep theirs."""
+
+
+def renamed(source: Source, key_map: KeyMap) -> Source:
+    """Returns `source` with other names.
+
+    Raises:
+        TypeError: If a new name is neither a string nor None.
+        ValueError: If a mapping has a name that the source has not, two tensors would have one name, or none is left.
+    """
+    if isinstance(key_map, Mapping):
+        absent = [name for name in key_map if name not in source.names]
+        if absent:
+            raise ValueError(f"key_map renames {absent[0]!r}, which the checkpoint does not have.")
+    old: dict[str, str] = {}
+    for name in source.names:
+        new = key_map.get(name, name) if isinstance(key_map, Mapping) else key_map(name)
+        if new is None:
+            continue
+        if not isinstance(new, str):
+            raise TypeError(f"key_map makes {new!r} of {name!r}: names of weights are strings.")
+        if new in old:
+            raise ValueError(f"key_map gives {old[new]!r} and {name!r} the same name, {new!r}.")
+        old[new] = name
+    if source.names and not old:
+        raise ValueError("key_map leaves out all tensors.")
+    # The first that is left of those that share their memory has it.
+    targets = {new: source.aliases.get(name, name) for new, name in old.items()}
+    first: dict[str, str] = {}
+    for new, target in targets.items():
+        first.setdefault(target, new)
+    aliases = {new: first[target] for new, target in targets.items() if first[target] != new}
+    sizes = source.sizes and {new: source.sizes[target] for new, target in targets.items()}
+    return replace(source, names=tuple(old), fetch=lambda new: source.fetch(targets[new]), aliases=aliases, sizes=sizes)
+
+
+def merged(sources: Sequence[Source]) -> Source:
+    """Returns the tensors of several sources as those of one.
+
+    Raises:
+        ValueError: If two have a tensor of the same name.
+    """
+    home: dict[str, Source] = {}
+    for source in sources:
+        for name in source.names:
+            if name in home:
+                raise ValueError(f"two of the checkpoints have a tensor {name!r}: rename or leave out one of them.")
+            home[name] = source
+    last: list[Source] = []
+
+    def fetch(name: str) -> torch.Tensor:
+        last[:] = [home[name]]
+        return home[name].fetch(name)
+
+    def release(tensor: torch.Tensor) -> None:
+        for source in last:
+            source.release(tensor)
+
+    sizes: dict[str, tuple[int, torch.dtype]] | None = {}
+    for source in sources:
+        sizes = None if sizes is None or source.sizes is None else sizes | source.sizes
+    # Values of a mapping have nothing by which a conversion that was interrupted could tell them from others.
+    files = tuple(file for source in sources for file in source.files) if all(s.files for s in sources) else ()
+    aliases = {alias: name for source in sources for alias, name in source.aliases.items()}
+    return Source(tuple(home), fetch, aliases, sizes, release, files)

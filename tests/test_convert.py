@@ -306,7 +306,7 @@ def test_a_sharded_checkpoint(kind: str, by: str, tmp_path: Path) -> None:
 
 
 def test_a_directory_with_one_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"has no checkpoint: expected model\.safetensors, pytorch_model\.bin or"):
+    with pytest.raises(StoreError, match=r"has no checkpoint: expected model\.safetensors, pytorch_model\.bin, an"):
         convert(tmp_path, tmp_path / "s.zarr")
     torch.save(example(), tmp_path / "training.bin")
     torch.save(example(), tmp_path / "other.bin")
@@ -352,7 +352,7 @@ def test_truncated_and_damaged_safetensors_files_are_named(tmp_path: Path) -> No
         ({"a": torch.eye(3).to_sparse()}, "'a' is sparse coo, which cannot be stored"),
         ({1: torch.ones(1)}, "names of weights are strings; got 1"),
         (nn.Linear(2, 2), r"pass its weights, module\.state_dict\(\)"),
-        ([torch.ones(1)], "cannot convert list: pass a state_dict"),
+        ([torch.ones(1)], "cannot convert Tensor: pass a state_dict"),
     ],
 )
 def test_what_is_not_a_mapping_of_plain_tensors_is_named(weights: Any, said: str, tmp_path: Path) -> None:
@@ -392,6 +392,56 @@ def test_files_that_are_not_checkpoints_are_named(tmp_path: Path) -> None:
 def test_options_that_do_not_exist_are_refused(option: str, value: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{value}'"):
         convert(example(), tmp_path / "s.zarr", **{option: value})  # type: ignore[arg-type]
+
+
+# Other names, and several at once.
+
+
+def test_tensors_get_other_names(tmp_path: Path) -> None:
+    tied = torch.ones(3)
+    weights = {"model.a": torch.zeros(2), "model.b": tied, "head": tied, "optimizer": torch.ones(1)}
+
+    def of_prefix(name: str) -> str | None:
+        return None if name == "optimizer" else name.removeprefix("model.")
+
+    for number, key_map in enumerate((of_prefix, {"model.a": "a", "model.b": "b", "optimizer": None})):
+        store = convert(weights, tmp_path / f"{number}.zarr", key_map=key_map, progress=False)
+        assert_holds(store, {"a": torch.zeros(2), "b": tied, "head": tied})
+        assert store.aliases == {"head": "b"}
+    store = convert(weights, tmp_path / "head.zarr", key_map={"model.b": None}, progress=False)
+    assert_holds(store, {"model.a": torch.zeros(2), "head": tied, "optimizer": torch.ones(1)})
+    assert not store.aliases
+
+
+@pytest.mark.parametrize(
+    ("key_map", "error", "said"),
+    [
+        ({"none": "x"}, ValueError, "renames 'none', which the checkpoint does not have"),
+        ({"a": "b"}, ValueError, "gives 'a' and 'b' the same name, 'b'"),
+        (lambda name: None, ValueError, "leaves out all tensors"),
+        (lambda name: 3, TypeError, "makes 3 of 'a': names of weights are strings"),
+    ],
+)
+def test_names_that_cannot_be_are_refused(key_map: Any, error: type[Exception], said: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=said):
+        convert({"a": torch.ones(1), "b": torch.ones(2)}, tmp_path / "s.zarr", key_map=key_map)
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_checkpoints_become_one(tmp_path: Path) -> None:
+    tied = torch.ones(3)
+    torch.save({"b": tied, "c": tied}, tmp_path / "one.pt")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "two.pt")
+    sources: list[Any] = [tmp_path / "one.pt", tmp_path / "two.pt"]
+    store = convert(sources, tmp_path / "s.zarr", progress=False)
+    assert_holds(store, {"a": torch.zeros(2), "b": tied, "c": tied})
+    assert store.aliases == {"c": "b"}
+    store = convert([*sources, {"d": torch.ones(1)}], tmp_path / "t.zarr", progress=False)
+    assert len(store) == 4
+    with pytest.raises(ValueError, match="two of the checkpoints have a tensor 'a'"):
+        convert([*sources, {"a": torch.ones(1)}], tmp_path / "u.zarr")
+    with pytest.raises(TypeError, match="cannot convert list"):
+        convert([], tmp_path / "u.zarr")
 
 
 # The target.
