@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
-from litrt.arrays import array_dtype, chunk_shape, dtype_name, floating_dtype, lead_axis, node_name
-from litrt.blocks import Blocks, choose_block_rows, sums_of_chunk
+from litrt.arrays import TARGET_CHUNK_BYTES, array_dtype, chunk_shape, dtype_name, floating_dtype, lead_axis, node_name
+from litrt.blocks import BLOCK_BYTES, Blocks, choose_block_rows, sums_of_chunk
 from litrt.checkpoint import SourceLike, open_source
-from litrt.compression import CHUNK_BYTES, CODECS, SAMPLE_BYTES, Compression, blosc_codec
+from litrt.compression import CHUNK_BYTES, CODECS, SAMPLE_BYTES, SETTINGS, Compression, blosc_codec
 from litrt.crc import Bytes, extend_crc
 from litrt.errors import StoreError
 from litrt.progress import Progress
@@ -102,7 +101,8 @@ def _key(source: Source, cast: torch.dtype | None, compress: str | None) -> str 
     files = [
         (str(file.resolve()), status.st_size, status.st_mtime_ns) for file in source.files for status in [file.stat()]
     ]
-    said = [version("litrt"), FORMAT, files, source.names, source.aliases, str(cast), compress]
+    layout = [FORMAT, TARGET_CHUNK_BYTES, BLOCK_BYTES, CHUNK_BYTES, str(SETTINGS)]
+    said = [layout, files, source.names, source.aliases, str(cast), compress]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -61,16 +62,18 @@ def export(
         )
     partial = target.with_name(f"{target.name}.partial")
     try:
-        with partial.open("wb") as out, Progress(target.name, n_bytes, shown=progress) as bar:
+        with (
+            contextlib.closing(Reader(opened)) as reader,
+            partial.open("wb") as out,
+            Progress(target.name, n_bytes, shown=progress) as bar,
+        ):
             out.write(header)
-            reader = Reader(opened)
             for name in opened:
                 for piece in reader.pieces(name):
                     values = np.empty(piece.nbytes, dtype=np.uint8)
                     reader.read_part(piece, values)
                     out.write(values.data)
                     bar.add(piece.nbytes)
-            reader.close()
         sync(partial)
         partial.rename(target)
         sync(target.parent)

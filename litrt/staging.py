@@ -79,7 +79,10 @@ class Staging:
         """Returns a descriptor of the directory that holds its lock, and makes it where it is not there."""
         while True:
             self.path.mkdir(exist_ok=True)
-            fd = _lock_directory(self.path)
+            try:
+                fd = _lock_directory(self.path)
+            except FileNotFoundError:
+                continue
             if fd is None:
                 raise StoreError(
                     f"{self._target} is being written by another conversion: wait for it, or choose another path."

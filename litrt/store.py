@@ -296,10 +296,12 @@ def _open_zarr(label: str, path: str | os.PathLike[str] | ZarrStore | StorePath)
     try:
 
         def fetch(name: str) -> TensorInfo | None:
-            if node_name(name) not in group:
-                return None
             with _refusing(f"the metadata of {name!r}"):
-                return _array_info(label, name, group[node_name(name)])
+                try:
+                    array = group[node_name(name)]
+                except KeyError:
+                    return None
+                return _array_info(label, name, array)
             raise AssertionError("an error is never swallowed")
 
         # One request per array: together, because a remote store takes long to answer each.

@@ -45,7 +45,7 @@ def verify(
     memory = _Memory()
     try:
         with (
-            Progress(os.path.basename(opened.path), opened.total_bytes, shown=progress) as bar,
+            Progress(os.path.basename(opened.path.rstrip("/")), opened.total_bytes, shown=progress) as bar,
             ThreadPoolExecutor(min(n_processors() + 1, _MOST_THREADS)) as pool,
         ):
 
