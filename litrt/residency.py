@@ -114,9 +114,10 @@ class _Search:
             return None
         self._seen.add(streamed)
         schedule = best_schedule(self.trace, streamed, self.window_bytes(streamed))
+        self._work += len(self.trace.uses)
         if schedule is None:
             return None
-        self._work += len(self.trace.uses) + len(schedule.loads)
+        self._work += len(schedule.loads)
         cost_s = self.cost_s(schedule)
         self._ranked[streamed] = (cost_s, schedule)
         return cost_s

@@ -67,6 +67,7 @@ def serve(name: str, find: Callable[[str], Case], path: Path, record: Record) ->
 
 # What they do with weights: gpt2 and t5 tie them, mixtral routes, mamba reads its tables by hand, siglip has
 # nn.MultiheadAttention; mllama reads weights outside of the forward of the module that owns them.
+@pytest.mark.timeout(900)  # slanet's decoder runs 500 times in a pass
 @pytest.mark.parametrize("model_type", marked(model_types(), *SAMPLE))
 def test_transformers(model_type: str, tmp_path: Path, record: Record) -> None:
     serve(model_type, hf.case_of, tmp_path / "model.zarr", record)
