@@ -348,7 +348,8 @@ def test_what_torch_does_not_count_lasts_as_in_the_plain_module(half: litrt.Runt
     written, expected = [], copy.deepcopy(plain)
 
     def merge() -> None:
-        for name, w in half.module.named_parameters():
+        # What stays first: which weights these are depends on what the warm-up has measured.
+        for name, w in sorted(half.module.named_parameters(), key=lambda named: isinstance(named[1], Placeholder)):
             w.data += 1
             written.append(name)
 
