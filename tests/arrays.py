@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,3 +69,16 @@ def arrays(draw: st.DrawFn, tops: Sequence[int] = (256,)) -> tuple[str, npt.NDAr
     if shape:
         chunks[axis] = draw(st.integers(1, max(shape[axis], 1) + 3))
     return dtype, raw.view(stored).reshape(shape), tuple(chunks)
+
+
+def cached_pages(file: Path) -> bytes:
+    """Returns for each page of a file whether it is in the page cache; to ask does not put it there."""
+    with file.open("rb") as f, mmap.mmap(f.fileno(), 0, mmap.MAP_PRIVATE) as mapped:
+        found = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        first = ctypes.c_char.from_buffer(mapped)
+        libc = ctypes.CDLL(None, use_errno=True)
+        failed = libc.mincore(ctypes.byref(first), ctypes.c_size_t(len(mapped)), found)
+        del first  # or `mapped` could not be closed
+        if failed:
+            raise OSError(ctypes.get_errno(), "mincore")
+        return bytes(page & 1 for page in found)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import mmap
 import os
 import re
 import shutil
@@ -20,7 +18,7 @@ import numpy.typing as npt
 import pytest
 import torch
 import zarr
-from arrays import GUARD, arrays, page_aligned, write
+from arrays import GUARD, arrays, cached_pages, page_aligned, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BytesCodec
@@ -303,19 +301,6 @@ def test_scratch_is_two_pages_for_direct_reads_and_a_chunk_twice_for_zarr_python
     assert Reader(open_store(tmp_path / "large.zarr")).scratch_bytes_per_task == 8192
     write(tmp_path / "other.zarr", np.ones((40, 1000), np.float32), chunks=(7, 500))
     assert Reader(open_store(tmp_path / "other.zarr")).scratch_bytes_per_task == 2 * 7 * 500 * 4 + 65_536
-
-
-def cached_pages(file: Path) -> bytes:
-    """Returns for each page of a file whether it is in the page cache; to ask does not put it there."""
-    with file.open("rb") as f, mmap.mmap(f.fileno(), 0, mmap.MAP_PRIVATE) as mapped:
-        found = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
-        first = ctypes.c_char.from_buffer(mapped)
-        libc = ctypes.CDLL(None, use_errno=True)
-        failed = libc.mincore(ctypes.byref(first), ctypes.c_size_t(len(mapped)), found)
-        del first  # or `mapped` could not be closed
-        if failed:
-            raise OSError(ctypes.get_errno(), "mincore")
-        return bytes(page & 1 for page in found)
 
 
 @pytest.mark.parametrize("name", ["w17", "odd"])
