@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,6 +124,17 @@ def node_name(name: str) -> str:
     return escaped
 
 
+def bytes_of_chunks(directory: Path) -> int:
+    """Returns the bytes of the chunk files of an array, of those that are there."""
+    n_bytes = 0
+    for parent, _, files in os.walk(directory):
+        for file in files:
+            if file != "zarr.json":
+                with contextlib.suppress(OSError):
+                    n_bytes += os.path.getsize(Path(parent, file))
+    return n_bytes
+
+
 def litrt_attributes(attributes: object) -> dict[str, Any]:
     """Returns what litrt wrote to the attributes of a group or an array; nothing where it wrote nothing."""
     header = attributes.get("litrt") if isinstance(attributes, Mapping) else None
@@ -153,7 +167,7 @@ class ChunkFiles:
 
 def chunk_files(metadata: Mapping[str, Any]) -> ChunkFiles | None:
     """Returns what the metadata of an array says of its chunk files, or None where zarr-python has to read them."""
-    shape, codecs = _extents(metadata.get("shape"), least=0), metadata.get("codecs")
+    shape, codecs = metadata.get("shape"), metadata.get("codecs")
     dtype = torch_dtype(metadata.get("attributes"), str(metadata.get("data_type")))
     if dtype is None or array_dtype(dtype) != metadata.get("data_type"):
         return None
@@ -161,16 +175,21 @@ def chunk_files(metadata: Mapping[str, Any]) -> ChunkFiles | None:
         return None
     grid, grid_options = _extension(metadata.get("chunk_grid"))
     keys, key_options = _extension(metadata.get("chunk_key_encoding"))
-    chunks = _extents(grid_options.get("chunk_shape"), least=1)
-    if shape is None or chunks is None or len(shape) != len(chunks):
+    chunks = grid_options.get("chunk_shape")
+    if not (isinstance(shape, list) and isinstance(chunks, list) and len(shape) == len(chunks)):
         return None
+    if not are_counts(shape) or not are_counts(chunks, least=1):
+        return None
+    shape, chunks = tuple(shape), tuple(chunks)
     chain = [_extension(codec) for codec in codecs]
     is_packed = [name for name, _ in chain] == ["bytes", "blosc", "crc32c"]
+    block_bytes = chain[1][1].get("blocksize", 0) if is_packed else 0
     is_plain = (
         (grid, keys, key_options.get("separator", "/")) == ("regular", "default", "/")
         and (is_packed or [name for name, _ in chain] == ["bytes", "crc32c"])
         and (dtype.itemsize == 1 or chain[0][1].get("endian") == "little")
-        and not (is_packed and not 0 <= _integer(chain[1][1].get("blocksize", 0)) <= MAX_BLOCK_BYTES)
+        and are_counts([block_bytes])
+        and block_bytes <= MAX_BLOCK_BYTES
     )
     axis = lead_axis(shape)
     expected = tuple(max(extent, 1) for extent in shape)
@@ -179,16 +198,9 @@ def chunk_files(metadata: Mapping[str, Any]) -> ChunkFiles | None:
     return ChunkFiles(shape, chunks, dtype, is_packed)
 
 
-def _integer(value: object) -> int:
-    """Returns an integer, or -1 for anything else."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else -1
-
-
-def _extents(value: object, *, least: int) -> tuple[int, ...] | None:
-    """Returns a list of integers of 64 bits of at least `least`, or None for anything else."""
-    if not isinstance(value, list) or any(not least <= _integer(extent) < 1 << 63 for extent in value):
-        return None
-    return tuple(value)
+def are_counts(values: Iterable[object], *, least: int = 0) -> bool:
+    """Says whether values that somebody else has written are integers of 64 bits of at least `least`, and no bools."""
+    return all(type(value) is int and least <= value < 1 << 63 for value in values)
 
 
 def _extension(value: object) -> tuple[object, dict[str, Any]]:

@@ -109,7 +109,7 @@ def blocks_of(attributes: Mapping[str, Any], n_rows: int, row_bytes: int, chunk_
     if not isinstance(told, dict) or told.get("chunk_rows") != chunk_rows:
         return None
     block_rows = told.get("block_rows")
-    if not isinstance(block_rows, int) or isinstance(block_rows, bool) or block_rows < 1:
+    if type(block_rows) is not int or block_rows < 1:
         raise ValueError(f"a block cannot have {block_rows!r} rows")
     try:
         sums = np.frombuffer(base64.b64decode(told.get("crc32c", ""), validate=True), dtype="<u4")

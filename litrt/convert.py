@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,16 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
-from litrt.arrays import TARGET_CHUNK_BYTES, array_dtype, chunk_shape, dtype_name, floating_dtype, lead_axis, node_name
+from litrt.arrays import (
+    TARGET_CHUNK_BYTES,
+    array_dtype,
+    bytes_of_chunks,
+    chunk_shape,
+    dtype_name,
+    floating_dtype,
+    lead_axis,
+    node_name,
+)
 from litrt.blocks import BLOCK_BYTES, Blocks, choose_block_rows, sums_of_chunk
 from litrt.checkpoint import SourceLike, open_source
 from litrt.compression import CHUNK_BYTES, CODECS, SAMPLE_BYTES, SETTINGS, Compression, blosc_codec
@@ -26,9 +34,8 @@ from litrt.crc import Bytes, extend_crc
 from litrt.errors import StoreError
 from litrt.progress import Progress
 from litrt.source import KeyMap, Source, renamed
-from litrt.staging import Staging, bytes_of_chunks, sync
+from litrt.staging import Staging, check_space, sync
 from litrt.store import FORMAT, Store, open_store
-from litrt.units import format_bytes
 
 
 def convert(
@@ -87,7 +94,7 @@ def convert(
             _check_target(target, os.fspath(store), overwrite)  # again: another conversion may have ended
             if total_bytes is not None and compress is None:
                 done_bytes = sum(told["stored_bytes"] for told in staging.finished.values())
-                _check_space(target, total_bytes - done_bytes)
+                check_space(target, total_bytes - done_bytes)
             with Progress(target.name, total_bytes, shown=progress) as bar:
                 _write_store(opened, staging, cast, compress, bar)
             staging.publish()
@@ -130,15 +137,6 @@ def _total_bytes(source: Source, cast: torch.dtype | None) -> int | None:
         for name, (n_elements, dtype) in source.sizes.items()
         if name not in source.aliases
     )
-
-
-def _check_space(target: Path, total_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(target.parent).free
-    if free_bytes < total_bytes:
-        raise StoreError(
-            f"{target} needs {format_bytes(total_bytes)} and the disk has {format_bytes(free_bytes)} free: "
-            "free some, or choose a path on another disk."
-        )
 
 
 def _write_store(
@@ -215,7 +213,7 @@ def _write_tensor(
         config={"write_empty_chunks": True},
     )
     if not shape:
-        array[()] = values_of(name, tensor, dtype, stored)
+        write_rows(array, 0, values_of(name, tensor, dtype, stored))
         bar.add(dtype.itemsize)
     elif tensor.numel():
         axis = lead_axis(shape)
@@ -225,9 +223,7 @@ def _write_tensor(
         for first in range(0, shape[axis], chunks[axis]):
             rows = min(chunks[axis], shape[axis] - first)
             block = values_of(name, tensor.narrow(axis, first, rows), dtype, stored)
-            place: list[slice] = [slice(None)] * len(shape)
-            place[axis] = slice(first, first + rows)
-            array[tuple(place)] = block
+            write_rows(array, first, block)
             if block_rows is not None:
                 sums += sums_of_chunk(block.reshape(-1).view(np.uint8), block_rows * row_bytes, extend_crc)
             bar.add(block.nbytes)
@@ -236,6 +232,15 @@ def _write_tensor(
             array.update_attributes({"litrt": {**attributes, "blocks": blocks.attributes()}})
     source.release(tensor)
     return nbytes
+
+
+def write_rows(array: zarr.Array[Any], first: int, values: npt.NDArray[Any]) -> None:
+    """Writes rows of an array along its lead axis from row `first` on, or all of one that has no axes."""
+    place: list[slice] = [slice(None)] * values.ndim
+    if place:
+        axis = lead_axis(array.shape)
+        place[axis] = slice(first, first + values.shape[axis])
+    array[tuple(place)] = values
 
 
 def _samples(name: str, tensor: torch.Tensor, dtype: torch.dtype, stored: str) -> list[Bytes]:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import StorePath
 
+from litrt.arrays import dtype_name
 from litrt.errors import StoreError
 from litrt.progress import Progress
 from litrt.reader import Reader
 from litrt.safetensors_file import SAFETENSORS_DTYPES
-from litrt.staging import sync
+from litrt.staging import check_space, sync
 from litrt.store import Store, open_store
-from litrt.units import format_bytes
 
 _HEADER_ALIGN_BYTES = 8
 
@@ -54,12 +53,7 @@ def export(
         )
     header, n_bytes = _header(opened)
     target.parent.mkdir(parents=True, exist_ok=True)
-    free_bytes = shutil.disk_usage(target.parent).free
-    if free_bytes < len(header) + n_bytes:
-        raise StoreError(
-            f"{target} needs {format_bytes(len(header) + n_bytes)} and the disk has {format_bytes(free_bytes)} free: "
-            "free some, or choose a path on another disk."
-        )
+    check_space(target, len(header) + n_bytes)
     partial = target.with_name(f"{target.name}.partial")
     try:
         with (
@@ -90,7 +84,7 @@ def _header(store: Store) -> tuple[bytes, int]:
     position = 0
     for name in store:
         info = store[name]
-        dtype = str(info.dtype).removeprefix("torch.")
+        dtype = dtype_name(info.dtype)
         if dtype not in names:
             raise StoreError(
                 f"safetensors has no dtype {dtype}, which {name!r} has: convert it to another dtype first."

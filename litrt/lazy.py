@@ -13,6 +13,7 @@ import torch
 from litrt.checkpoint import open_source
 from litrt.errors import ClosedError, WeightNotFoundError
 from litrt.reader import Reader
+from litrt.source import Source
 from litrt.store import open_store
 
 
@@ -95,7 +96,8 @@ def lazy_state_dict(path: str | os.PathLike[str]) -> LazyStateDict:
             reader = Reader(open_store(path))
             stack.callback(reader.close)
             store = reader.store
-            return LazyStateDict(label, tuple(store), store.aliases, reader.read_tensor, stack.pop_all())
-        source = stack.enter_context(open_source(path))
-        return LazyStateDict(label, source.names, source.aliases, source.fetch, stack.pop_all())
-    raise AssertionError("nothing here swallows an error")
+            source = Source(tuple(store), reader.read_tensor, store.aliases)
+        else:
+            source = stack.enter_context(open_source(path))
+        kept = stack.pop_all()
+    return LazyStateDict(label, source.names, source.aliases, source.fetch, kept)

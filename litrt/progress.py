@@ -37,7 +37,8 @@ class Progress:
 
     def skip(self, n_bytes: int) -> None:
         """Counts bytes that had been done before."""
-        self._skipped_bytes += n_bytes
+        with self._lock:
+            self._skipped_bytes += n_bytes
         self.add(n_bytes)
 
     def _show(self) -> None:

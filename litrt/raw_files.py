@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from litrt.arrays import are_counts
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.safetensors_file import open_safetensors
 from litrt.source import Source, read_into
@@ -116,7 +117,7 @@ def _entry(told: dict[str, Any]) -> tuple[torch.dtype, tuple[int, ...]]:
     shape = tuple(told["shape"])
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"there is no dtype {told['dtype']!r}")
-    if any(type(extent) is not int or not 0 <= extent < 1 << 63 for extent in shape):
+    if not are_counts(shape):
         raise ValueError(f"there is no shape {shape}")
     return dtype, shape
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from zarr.storage import LocalStore
 from litrt.arrays import array_dtype, lead_axis, litrt_attributes
 from litrt.blocks import Blocks, sums_of_chunk
 from litrt.checkpoint import SourceLike, open_source
-from litrt.convert import values_of
+from litrt.convert import values_of, write_rows
 from litrt.crc import Bytes, extend_crc
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.reader import Piece, Reader
@@ -60,20 +61,24 @@ def repair(
         with open_source(source) as checkpoint:
             if key_map is not None:
                 checkpoint = renamed(checkpoint, key_map)
-            for name in dict.fromkeys(error.name for error in damaged):
-                _repair(checkpoint, opened, opened[name], [error.file for error in damaged if error.name == name])
+            names = dict.fromkeys(error.name for error in damaged)
+            group = zarr.open_group(LocalStore(opened.root), mode="r+")
+            reader = Reader(opened)
+            for name in names:
+                files = [error.file for error in damaged if error.name == name]
+                _repair(checkpoint, reader, group, opened[name], files)
+        _check_repaired(Reader(open_store(opened.root)), names)
     return damaged
 
 
-def _repair(source: Source, store: Store, info: TensorInfo, files: Sequence[str]) -> None:
-    assert store.root is not None
-    values = _values(source, store, info)
-    reader = Reader(store)
-    directory = Path(store.root, info.path)
-    metadata = str(directory / "zarr.json")
+def _repair(source: Source, reader: Reader, group: zarr.Group, info: TensorInfo, files: Sequence[str]) -> None:
+    root = reader.store.root
+    assert root is not None
+    values = _values(source, reader.store, info)
+    metadata = os.path.join(root, info.path, "zarr.json")
     pieces = reader.pieces(info.name)
     _check_source(reader, info, values, [piece for piece in pieces if piece.file not in files], metadata in files)
-    array = zarr.open_group(LocalStore(store.root), mode="r+")[info.path]
+    array = group[info.path]
     assert isinstance(array, zarr.Array), "open_store refuses groups"
     for piece in pieces:
         if piece.file not in files:
@@ -82,18 +87,20 @@ def _repair(source: Source, store: Store, info: TensorInfo, files: Sequence[str]
         if file.is_dir():
             shutil.rmtree(file)
         file.unlink(missing_ok=True)  # or zarr-python would read it first
-        _write_chunk(array, info, piece, values[piece.offset : piece.offset + piece.nbytes])
+        _write_chunk(array, info, piece, values)
         for path in (file, file.parent):
             sync(path)
     if metadata in files and info.blocks is not None:
         _write_sums(array, info.blocks, pieces, values)
         sync(Path(metadata))
-    repaired = open_store(store.root)
-    reader = Reader(repaired)
-    for piece in reader.pieces(info.name):
-        error = check_piece(reader, piece, np.empty(piece.nbytes, dtype=np.uint8))
-        if error is not None:
-            raise error
+
+
+def _check_repaired(reader: Reader, names: Iterable[str]) -> None:
+    for name in names:
+        for piece in reader.pieces(name):
+            error = check_piece(reader, piece, np.empty(piece.nbytes, dtype=np.uint8))
+            if error is not None:
+                raise error
 
 
 def _values(source: Source, store: Store, info: TensorInfo) -> Bytes:
@@ -141,20 +148,15 @@ def _sums(blocks: Blocks, pieces: Sequence[Piece], values: Bytes) -> list[int]:
 
 
 def _write_chunk(array: zarr.Array[Any], info: TensorInfo, piece: Piece, values: Bytes) -> None:
-    stored = values.view(np.dtype(array_dtype(info.dtype)))
-    if not info.shape:
-        array[()] = stored.reshape(())
-        return
-    axis = lead_axis(info.shape)
-    first = piece.index * info.chunk_rows
-    rows = min(info.chunk_rows, info.shape[axis] - first)
-    place = [slice(None)] * len(info.shape)
-    place[axis] = slice(first, first + rows)
-    array[tuple(place)] = stored.reshape((*info.shape[:axis], rows, *info.shape[axis + 1 :]))
+    rows = values[piece.offset : piece.offset + piece.nbytes].view(np.dtype(array_dtype(info.dtype)))
+    shape = list(info.shape)
+    if shape:
+        shape[lead_axis(info.shape)] = -1
+    write_rows(array, piece.index * info.chunk_rows, rows.reshape(shape))
 
 
 def _write_sums(array: zarr.Array[Any], blocks: Blocks, pieces: Sequence[Piece], values: Bytes) -> None:
     sums = np.array(_sums(blocks, pieces, values), dtype=np.uint32)
-    made = Blocks(blocks.n_rows, blocks.row_bytes, blocks.chunk_rows, blocks.block_rows, sums)
+    made = replace(blocks, crc32c=sums)
     told = litrt_attributes(array.attrs.asdict())
     array.update_attributes({"litrt": {**told, "blocks": made.attributes()}})

@@ -80,10 +80,10 @@ def multiply_groups(product: Grouped, weight: Table) -> Any:
         return NotImplemented
     before, inner = divmod(int(first), n_inner)
     source, index = weight._litrt_source, weight._litrt_index
+    ranges = [((before + number) * n_inner, (before + number + 1) * n_inner) for number in used]
     products = []
     begin = 0  # of the rows that are left
     while used:
-        ranges = [((before + number) * n_inner, (before + number + 1) * n_inner) for number in used]
         n_groups = source.n_at_once(index, ranges)
         binding = source.acquire_rows(index, ranges[:n_groups])
         if binding is None:
@@ -101,5 +101,5 @@ def multiply_groups(product: Grouped, weight: Table) -> Any:
         finally:
             del matrices
             source.release(binding)
-        used, begin = used[n_groups:], end
+        used, ranges, begin = used[n_groups:], ranges[n_groups:], end
     return torch.cat(products) if len(products) > 1 else products[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from litrt.arrays import are_counts
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.source import Source, read_into
 
@@ -103,7 +104,7 @@ def _entry(path: Path, name: str, value: dict[str, Any]) -> _Entry:
         raise StoreError(f"{path}: {name!r} has dtype {value['dtype']}, which litrt cannot store.")
     shape = tuple(value["shape"])
     begin, end = value["data_offsets"]
-    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, begin, end)):
+    if not are_counts((*shape, begin, end)):
         raise ValueError("numbers of bytes and of elements are whole")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise StoreError(

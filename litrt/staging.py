@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from litrt.arrays import node_name
+from litrt.arrays import bytes_of_chunks, node_name
 from litrt.errors import StoreError
+from litrt.units import format_bytes
 
 _JOURNAL = "(journal)"  # no array of a store has parentheses in its name
 _AT_FDCWD = -100
@@ -119,20 +120,23 @@ class Staging:
     def publish(self) -> None:
         """Gives the complete store its name, in the place of one that has it."""
         (self.path / _JOURNAL).unlink(missing_ok=True)
+        old = self._take_name()
+        self._is_published = True
+        sync(self._target.parent)
+        if old is not None:
+            shutil.rmtree(old)
+
+    def _take_name(self) -> Path | None:
+        """Gives the store its name, and returns where the one is that had it."""
         if not self._target.exists():
             self.path.rename(self._target)
-            self._is_published = True
-            sync(self._target.parent)
-            return
+            return None
         # What is at our path then is the old store: taken as well until it is gone.
         fd = _lock_directory(self._target)
         if fd is not None:
             self._locks.append(fd)
         if exchange(self.path, self._target):
-            self._is_published = True
-            sync(self._target.parent)
-            shutil.rmtree(self.path)
-            return
+            return self.path
         replaced = self._target.with_name(f"{self._target.name}.replaced")
         if replaced.exists():
             shutil.rmtree(replaced)
@@ -142,9 +146,7 @@ class Staging:
         except BaseException:
             replaced.rename(self._target)
             raise
-        self._is_published = True
-        sync(self._target.parent)
-        shutil.rmtree(replaced)
+        return replaced
 
     def _read_journal(self, key: str) -> dict[str, dict[str, Any]]:
         """Returns the arrays that are finished, if what is there was written with this key."""
@@ -161,21 +163,20 @@ class Staging:
             except ValueError:
                 break  # cut off
             name = told.pop("name")
-            if bytes_of_chunks(self.path / node_name(name)) == told["stored_bytes"]:
+            array = self.path / node_name(name)
+            if (array / "zarr.json").is_file() and bytes_of_chunks(array) == told["stored_bytes"]:
                 finished[name] = told
         return finished
 
 
-def bytes_of_chunks(directory: Path) -> int:
-    """Returns the bytes of the chunk files of an array; -1 where it has no metadata."""
-    if not (directory / "zarr.json").is_file():
-        return -1
-    return sum(
-        os.path.getsize(Path(parent, file))
-        for parent, _, files in os.walk(directory)
-        for file in files
-        if file != "zarr.json"
-    )
+def check_space(target: Path, n_bytes: int) -> None:
+    """Raises a StoreError where the disk has no room for so many bytes beside a path."""
+    free_bytes = shutil.disk_usage(target.parent).free
+    if free_bytes < n_bytes:
+        raise StoreError(
+            f"{target} needs {format_bytes(n_bytes)} and the disk has {format_bytes(free_bytes)} free: "
+            "free some, or choose a path on another disk."
+        )
 
 
 def sync(path: Path) -> None:

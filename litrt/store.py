@@ -28,7 +28,16 @@ from zarr.abc.store import ByteRequest
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore, StorePath, WrapperStore, ZipStore
 
-from litrt.arrays import METADATA, array_dtype, chunk_files, lead_axis, litrt_attributes, node_name, torch_dtype
+from litrt.arrays import (
+    METADATA,
+    array_dtype,
+    bytes_of_chunks,
+    chunk_files,
+    lead_axis,
+    litrt_attributes,
+    node_name,
+    torch_dtype,
+)
 from litrt.blocks import Blocks, blocks_of
 from litrt.errors import StoreError, WeightNotFoundError
 
@@ -297,12 +306,10 @@ def _open_zarr(label: str, path: str | os.PathLike[str] | ZarrStore | StorePath)
 
         def fetch(name: str) -> TensorInfo | None:
             with _refusing(f"the metadata of {name!r}"):
-                try:
-                    array = group[node_name(name)]
-                except KeyError:
-                    return None
-                return _array_info(label, name, array)
-            raise AssertionError("an error is never swallowed")
+                array = group.get(node_name(name))
+                if array is not None:
+                    return _array_info(label, name, array)
+            return None
 
         # One request per array: together, because a remote store takes long to answer each.
         told = litrt_attributes(group.attrs.asdict()).get("tensors")
@@ -336,9 +343,9 @@ def _make_store(
     names: Any = header.get("tensors")
     if isinstance(version, int) and version > FORMAT:
         raise StoreError(f"{label} has format {version} and this version of litrt reads up to {FORMAT}: upgrade litrt.")
-    if type(version) is not int or version != FORMAT or not _are_strings(names) or not isinstance(aliases, dict):
+    if type(version) is not int or version != FORMAT or not _are_strings(names):
         raise _not_a_store(label)
-    if not _are_strings(list(aliases.values())):
+    if not isinstance(aliases, dict) or not _are_strings([*aliases.values()]):
         raise _not_a_store(label)
     distinct = [name for name in names if name not in aliases]
     infos = {name: info for name in distinct if (info := find(name)) is not None}
@@ -401,12 +408,7 @@ def _check_is_there(label: str, info: TensorInfo, root: Path) -> None:
     """Raises an error where a large tensor cannot be there: memory for it may be taken before its chunks are read."""
     if info.nbytes <= _LARGE_BYTES:
         return
-    directory = root / info.path
-    n_bytes = 0
-    for parent, _, files in os.walk(directory):
-        for file in files:
-            with contextlib.suppress(OSError):
-                n_bytes += os.path.getsize(Path(parent, file))
+    n_bytes = bytes_of_chunks(root / info.path)
     least = info.nbytes // 2
     if info.packed or not info.direct:
         least //= _MOST_RATIO
