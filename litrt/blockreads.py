@@ -11,7 +11,7 @@ from litrt.arrays import ALIGN_BYTES
 from litrt.crc import Bytes, extend_crc
 from litrt.directio import StoppedError, fill, is_on_page
 from litrt.errors import CorruptWeightError
-from litrt.reader import Piece, Reader, check_size, corrupt
+from litrt.reader import Piece, Reader, check_size, corrupt, unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,11 @@ class Run:
     def name(self) -> str:
         """The tensor."""
         return self.chunk.name
+
+    @property
+    def file(self) -> str:
+        """The file of the chunk."""
+        return self.chunk.file
 
 
 def runs(reader: Reader, name: str, ranges: Iterable[tuple[int, int]]) -> list[Run]:
@@ -79,7 +84,7 @@ def read_run(reader: Reader, run: Run, part: Bytes) -> None:
     except FileNotFoundError:
         failure = corrupt(run.chunk, "is missing")
     except OSError as error:
-        failure = corrupt(run.chunk, f"cannot be read ({error})", "Check the disk, then")
+        failure = unreadable(run.chunk, error)
     # Raised here, without the error that caused it: the frames of that one would keep `part` alive.
     raise failure
 

@@ -1,4 +1,5 @@
-"""Blocks of rows: parts of a chunk that have checksums of their own, so that they can be read and checked alone.
+"""Checksums that are kept apart from the values: of a tensor's chunks, and of blocks of rows, parts of a chunk that can
+be read and checked alone.
 
 A block is whole rows of a tensor, side by side, and lies in one chunk. The last one of a chunk may be shorter.
 """
@@ -23,6 +24,7 @@ _MAX_ALIGNED = 4
 
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
+Sums = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Blocks:
     row_bytes: int
     chunk_rows: int
     block_rows: int
-    crc32c: npt.NDArray[np.uint32] | None = None
+    crc32c: Sums | None = None
 
     @property
     def largest_bytes(self) -> int:
@@ -78,8 +80,7 @@ class Blocks:
     def attributes(self) -> dict[str, Any]:
         """Returns what an array's attributes say of its blocks."""
         assert self.crc32c is not None
-        sums = base64.b64encode(self.crc32c.astype("<u4").tobytes()).decode()
-        return {"chunk_rows": self.chunk_rows, "block_rows": self.block_rows, "crc32c": sums}
+        return {"chunk_rows": self.chunk_rows, "block_rows": self.block_rows, "crc32c": _text(self.crc32c)}
 
 
 def choose_block_rows(row_bytes: int, chunk_rows: int) -> int | None:
@@ -111,15 +112,40 @@ def blocks_of(attributes: Mapping[str, Any], n_rows: int, row_bytes: int, chunk_
     block_rows = told.get("block_rows")
     if type(block_rows) is not int or block_rows < 1:
         raise ValueError(f"a block cannot have {block_rows!r} rows")
+    n_full, rest = divmod(n_rows, chunk_rows)
+    n_blocks = n_full * -(-chunk_rows // block_rows) + -(-rest // block_rows)
+    return Blocks(n_rows, row_bytes, chunk_rows, block_rows, _sums(told, "blocks", n_blocks))
+
+
+def attributes_of_chunks(chunk_rows: int, sums: Sequence[int] | Sums) -> dict[str, Any]:
+    """Returns what an array's attributes say of the values of its chunks."""
+    return {"chunk_rows": chunk_rows, "crc32c": _text(np.asarray(sums, dtype=np.uint32))}
+
+
+def sums_of_chunks(attributes: Mapping[str, Any], n_rows: int, chunk_rows: int) -> Sums | None:
+    """Returns the checksums of the values of chunks, without padding, or None where none of such chunks are told.
+
+    Raises:
+        ValueError: If they are not as many as the tensor has chunks.
+    """
+    told = attributes.get("chunks")
+    if not isinstance(told, dict) or told.get("chunk_rows") != chunk_rows:
+        return None
+    return _sums(told, "chunks", -(-n_rows // chunk_rows))
+
+
+def _text(sums: Sums) -> str:
+    return base64.b64encode(sums.astype("<u4").tobytes()).decode()
+
+
+def _sums(told: Mapping[str, Any], what: str, n_expected: int) -> Sums:
     try:
         sums = np.frombuffer(base64.b64decode(told.get("crc32c", ""), validate=True), dtype="<u4")
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the checksums of its blocks cannot be read: {error}") from error
-    n_full, rest = divmod(n_rows, chunk_rows)
-    n_blocks = n_full * -(-chunk_rows // block_rows) + -(-rest // block_rows)
-    if len(sums) != n_blocks:
-        raise ValueError(f"there are checksums of {len(sums)} blocks in place of {n_blocks}")
-    return Blocks(n_rows, row_bytes, chunk_rows, block_rows, sums.astype(np.uint32))
+        raise ValueError(f"the checksums of its {what} cannot be read: {error}") from error
+    if len(sums) != n_expected:
+        raise ValueError(f"there are checksums of {len(sums)} {what} in place of {n_expected}")
+    return sums.astype(np.uint32)
 
 
 def merged(starts: Sequence[int] | Ints, stops: Sequence[int] | Ints) -> list[tuple[int, int]]:

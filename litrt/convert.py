@@ -27,7 +27,7 @@ from litrt.arrays import (
     lead_axis,
     node_name,
 )
-from litrt.blocks import BLOCK_BYTES, Blocks, choose_block_rows, sums_of_chunk
+from litrt.blocks import BLOCK_BYTES, Blocks, attributes_of_chunks, choose_block_rows, sums_of_chunk
 from litrt.checkpoint import SourceLike, open_source
 from litrt.compression import CHUNK_BYTES, CODECS, SAMPLE_BYTES, SETTINGS, Compression, blosc_codec
 from litrt.crc import Bytes, extend_crc
@@ -36,6 +36,9 @@ from litrt.progress import Progress
 from litrt.source import KeyMap, Source, renamed
 from litrt.staging import Staging, check_space, sync
 from litrt.store import FORMAT, Store, open_store
+
+_WRITTEN = 2
+"""Another number wherever the same source is written as other bytes, so that nothing of before is gone on with."""
 
 
 def convert(
@@ -108,7 +111,7 @@ def _key(source: Source, cast: torch.dtype | None, compress: str | None) -> str 
     files = [
         (str(file.resolve()), status.st_size, status.st_mtime_ns) for file in source.files for status in [file.stat()]
     ]
-    layout = [FORMAT, TARGET_CHUNK_BYTES, BLOCK_BYTES, CHUNK_BYTES, str(SETTINGS)]
+    layout = [FORMAT, _WRITTEN, TARGET_CHUNK_BYTES, BLOCK_BYTES, CHUNK_BYTES, str(SETTINGS)]
     said = [layout, files, source.names, source.aliases, str(cast), compress]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
@@ -190,7 +193,7 @@ def _write_tensor(
     if stored is None:
         raise TypeError(f"{name!r} has dtype {dtype}, which litrt cannot store: convert it to another dtype first.")
     shape = tuple(tensor.shape)
-    attributes = {"name": name, "torch_dtype": dtype_name(dtype)}
+    attributes: dict[str, Any] = {"name": name, "torch_dtype": dtype_name(dtype)}
     nbytes = tensor.numel() * dtype.itemsize
     samples = [] if compression.asked is None else _samples(name, tensor, dtype, stored)
     codec = compression.codec(samples, nbytes, dtype)
@@ -212,24 +215,27 @@ def _write_tensor(
         # A chunk that is missing is an error, so that one of zeros has to be there.
         config={"write_empty_chunks": True},
     )
-    if not shape:
-        write_rows(array, 0, values_of(name, tensor, dtype, stored))
-        bar.add(dtype.itemsize)
-    elif tensor.numel():
+    if tensor.numel():
         axis = lead_axis(shape)
-        row_bytes = tensor.numel() // shape[axis] * dtype.itemsize
-        block_rows = choose_block_rows(row_bytes, chunks[axis]) if codec is None else None
+        n_rows, chunk_rows = (shape[axis], chunks[axis]) if shape else (1, 1)
+        row_bytes = nbytes // n_rows
+        block_rows = choose_block_rows(row_bytes, chunk_rows) if codec is None else None
         sums: list[int] = []
-        for first in range(0, shape[axis], chunks[axis]):
-            rows = min(chunks[axis], shape[axis] - first)
-            block = values_of(name, tensor.narrow(axis, first, rows), dtype, stored)
+        sums_of_blocks: list[int] = []
+        for first in range(0, n_rows, chunk_rows):
+            rows = tensor.narrow(axis, first, min(chunk_rows, n_rows - first)) if shape else tensor
+            block = values_of(name, rows, dtype, stored)
             write_rows(array, first, block)
+            values = block.reshape(-1).view(np.uint8)
+            sums.append(extend_crc(0, values))
             if block_rows is not None:
-                sums += sums_of_chunk(block.reshape(-1).view(np.uint8), block_rows * row_bytes, extend_crc)
+                sums_of_blocks += sums_of_chunk(values, block_rows * row_bytes, extend_crc)
             bar.add(block.nbytes)
+        attributes["chunks"] = attributes_of_chunks(chunk_rows, sums)
         if block_rows is not None:
-            blocks = Blocks(shape[axis], row_bytes, chunks[axis], block_rows, np.array(sums, dtype=np.uint32))
-            array.update_attributes({"litrt": {**attributes, "blocks": blocks.attributes()}})
+            made = Blocks(n_rows, row_bytes, chunk_rows, block_rows, np.array(sums_of_blocks, dtype=np.uint32))
+            attributes["blocks"] = made.attributes()
+        array.update_attributes({"litrt": attributes})
     source.release(tensor)
     return nbytes
 

@@ -58,7 +58,7 @@ class Files:
             except StoppedError:
                 pass
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                     raise
                 self._refused = True  # some file systems accept the flag and refuse the read
         fd = os.open(file, _FLAGS)

@@ -7,6 +7,8 @@
     │   └── SkeletonError                 a store whose names or shapes are not the model's
     ├── WeightNotFoundError(KeyError)     a name that the store does not have
     ├── CorruptWeightError(OSError)       a chunk that is missing, short or damaged
+    │   └── StoreChangedError             a chunk that is whole, and not the one that the store had
+    ├── StalledReadError(TimeoutError)    a read that has not ended in time
     ├── TraceMismatchError(RuntimeError)  an access that the trace did not predict, in strict mode
     ├── WeightWriteError(RuntimeError)    an in-place write to a weight that litrt serves
     └── ClosedError(RuntimeError)         a use of a weight whose runtime was closed
@@ -88,6 +90,29 @@ class CorruptWeightError(LitrtError, OSError):
     Attributes:
         name: The tensor.
         file: The chunk file, or the key of the chunk in a store that is not a directory.
+    """
+
+    def __init__(self, message: str, *, name: str, file: str) -> None:
+        super().__init__(message)
+        self.name = name
+        self.file = file
+
+
+class StoreChangedError(CorruptWeightError):
+    """A chunk that is whole, and has other values than the store had when it was opened.
+
+    The store was replaced, or a chunk of it by another one.
+    """
+
+
+class StalledReadError(LitrtError, TimeoutError):
+    """A read that has not ended in time: the disk or the network does not answer, or is very slow.
+
+    It cannot be broken off. Once it has ended, its weight is served like any other.
+
+    Attributes:
+        name: The tensor.
+        file: The chunk file, or the key of the array in a store that is not a directory.
     """
 
     def __init__(self, message: str, *, name: str, file: str) -> None:

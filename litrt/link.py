@@ -57,6 +57,7 @@ class HostTier:
         n_threads: Threads that read.
         tables: Segments of which rows may be gathered.
         slot_bytes: What of these is there at once at least.
+        timeout_s: Seconds after which a read is taken to have stalled, at least.
 
     Call `open` before anything else.
     """
@@ -70,6 +71,7 @@ class HostTier:
         n_threads: int,
         tables: Set[int],
         slot_bytes: Iterable[int],
+        timeout_s: float | None,
     ) -> None:
         self.budget_bytes = budget_bytes
         self.plan: Plan | None = None
@@ -77,6 +79,7 @@ class HostTier:
         self._memory = _HostMemory(device)
         self._reader = reader
         self._n_threads = n_threads
+        self._timeout_s = timeout_s
         self._scratch_bytes = n_threads * reader.scratch_bytes_per_task
         self._tables = tables
         self._slot = slot_segment(slot_bytes)
@@ -125,6 +128,7 @@ class HostTier:
             n_threads=self._n_threads,
             scratch_bytes=self._scratch_bytes,
             tables=self._tables,
+            timeout_s=self._timeout_s,
         )
         pipeline.cache.evict_resident = lambda index: True  # nothing but the tier itself refers to it
         return pipeline

@@ -59,8 +59,8 @@ class PackedChunks:
 
     def read(
         self, file: str, part: Bytes, chunk_bytes: int, in_flight: AbstractContextManager[object] | None = None
-    ) -> None:
-        """Reads the chunk in `file`, checks it, and decodes its first bytes into `part`.
+    ) -> int:
+        """Reads the chunk in `file`, checks it, decodes its first bytes into `part`, and returns the file's checksum.
 
         What is in `in_flight`, which may keep the thread waiting, is the reading of a large file alone.
 
@@ -87,6 +87,7 @@ class PackedChunks:
             raise DamageError(f"cannot be decoded ({error})") from None
         if not is_whole:
             part[:] = dest[: len(part)]
+        return stored
 
     def _memory(self) -> Bytes:
         """Returns this thread's scratch, on a page: room for a file, then for a chunk with its padding."""

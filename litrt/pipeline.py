@@ -76,6 +76,7 @@ class Pipeline:
         growable: Raise the arena's limit instead of failing where a use does not fit.
         strict: Refuse what the plan did not predict.
         tables: Segments of which rows may be there without the rest.
+        timeout_s: Seconds after which a read is taken to have stalled, at least; None if the loader sees to that.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Pipeline:
         growable: bool = False,
         strict: bool = False,
         tables: Set[int] = frozenset(),
+        timeout_s: float | None = None,
     ) -> None:
         self.counters = Counters()
         lock = threading.RLock()
@@ -123,7 +125,7 @@ class Pipeline:
         self._pass_thread: int | None = None  # while there is a pass, which is recorded and follows the plan
         self._at_begin = (0, 0.0)  # of the pass: bytes read, and seconds of reading, before it
         self._timings = Timings()
-        self._reads: ReadThreads[Entry] = ReadThreads(loader, lock, n_threads, self._read_done)
+        self._reads: ReadThreads[Entry] = ReadThreads(loader, lock, n_threads, self._read_done, timeout_s)
 
     # Operators: acquire, use, release.
 
@@ -136,6 +138,7 @@ class Pipeline:
         Raises:
             BudgetError: If they cannot be held together.
             CorruptWeightError: If one of them cannot be read.
+            StalledReadError: If a read has not ended in time.
             TraceMismatchError: If the plan did not predict this use, and `strict`.
             ClosedError: If the pipeline was closed.
         """
@@ -642,8 +645,8 @@ class Pipeline:
         self._ready.notify_all()
 
     def _wait(self, timeout_s: float | None = None) -> None:
-        """Waits until something has changed: a read has ended, or somebody has let go of something."""
-        self._ready.wait(timeout_s)
+        """Waits until something may have changed: a read has ended, or somebody has let go of something."""
+        self._reads.wait(self._ready, timeout_s)
         self._check_open()
 
     @property

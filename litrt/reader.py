@@ -9,6 +9,7 @@ place: `litrt.packed`. Everything else is read through zarr-python.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import mmap
 import os
@@ -25,7 +26,7 @@ from zarr.buffer.cpu import NDBuffer
 from litrt.arrays import ALIGN_BYTES, array_dtype, lead_axis
 from litrt.crc import CRC_BYTES, Bytes, extend_crc
 from litrt.directio import Files, StoppedError, fill, is_on_page, size_of
-from litrt.errors import CorruptWeightError
+from litrt.errors import CorruptWeightError, StoreChangedError
 from litrt.packed import DamageError, PackedChunks
 from litrt.store import MissingChunkError, Store, TensorInfo
 
@@ -92,6 +93,7 @@ class Reader:
         self._pieces: dict[str, tuple[Piece, ...]] = {}
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._scratch = _Scratch()
+        self._checked: dict[tuple[str, int], int] = {}  # the checksums of compressed chunks whose values were checked
         self._n_in_flight: int | None = None
         self._in_flight: AbstractContextManager[object] = contextlib.nullcontext()
 
@@ -147,9 +149,11 @@ class Reader:
         info = self.store[piece.name]
         try:
             if info.packed:
-                self._packed.read(piece.file, part, info.chunk_bytes, self._in_flight)
+                found = self._packed.read(piece.file, part, info.chunk_bytes, self._in_flight)
+                self._check_packed(info, piece, part, found)
             elif not info.direct:
                 self._read_through_zarr(info, piece, part)
+                self._check_values(info, piece, extend_crc(0, part) if info.sums is not None else 0)
             else:
                 direct = piece.nbytes >= DIRECT_MIN_BYTES and is_on_page(part)
                 self.files.read(piece.file, direct, self._fill, piece, part, info.chunk_bytes)
@@ -163,7 +167,7 @@ class Reader:
         except DamageError as error:
             failure = corrupt(piece, str(error), "Check the disk, then")
         except OSError as error:
-            failure = corrupt(piece, f"cannot be read ({error})", "Check the disk, then")
+            failure = unreadable(piece, error)
         except Exception as error:
             if info.direct or info.packed:
                 raise
@@ -209,7 +213,29 @@ class Reader:
                 raise StoppedError
             check_size(fd, piece, chunk_bytes)
             raise corrupt(piece, f"ended at byte {stopped} while it was read")
-        _verify(piece, part, chunk_bytes, int.from_bytes(tail[crc_at : crc_at + CRC_BYTES].tobytes(), "little"))
+        stored = int.from_bytes(tail[crc_at : crc_at + CRC_BYTES].tobytes(), "little")
+        found = _verify(piece, part, chunk_bytes, stored)
+        self._check_values(self.store[piece.name], piece, found)
+
+    def _check_packed(self, info: TensorInfo, piece: Piece, part: Bytes, of_file: int) -> None:
+        """Checks decoded values, unless they are of a file like one of which they have been checked before."""
+        key = piece.name, piece.index
+        if info.sums is not None and self._checked.get(key) != of_file:
+            self._check_values(info, piece, extend_crc(0, part))
+            self._checked[key] = of_file
+
+    def _check_values(self, info: TensorInfo, piece: Piece, found: int) -> None:
+        """Raises an error where a chunk that is whole is not the one that the store had when it was opened."""
+        if info.sums is None or found == info.sums[piece.index]:
+            return
+        expected = int(info.sums[piece.index])
+        raise StoreChangedError(
+            f"weight {piece.name!r}: {piece.file} is whole, but it is not what the store had when it was opened: the "
+            f"checksum of its values is {found:08x} and should be {expected:08x}. If the store was replaced, open it "
+            "again; if not, run litrt convert again.",
+            name=piece.name,
+            file=piece.file,
+        )
 
     def _read_through_zarr(self, info: TensorInfo, piece: Piece, part: Bytes) -> None:
         """Reads the chunks of a band of rows one by one, so that scratch is bounded by one chunk."""
@@ -263,8 +289,10 @@ def check_size(fd: int, piece: Piece, chunk_bytes: int) -> None:
         raise corrupt(piece, f"has {size} bytes in place of {chunk_bytes + CRC_BYTES}")
 
 
-def _verify(piece: Piece, part: Bytes, chunk_bytes: int, stored: int) -> None:
+def _verify(piece: Piece, part: Bytes, chunk_bytes: int, stored: int) -> int:
     """Checks the values in memory, and the padding of the last chunk, against the checksum in the file.
+
+    Returns the checksum of the values.
 
     The padding is zeros, so that it need not be read to be checked; only when that fails is it read, because
     another writer may have padded with something else.
@@ -279,6 +307,7 @@ def _verify(piece: Piece, part: Bytes, chunk_bytes: int, stored: int) -> None:
         raise corrupt(
             piece, f"is damaged: its checksum is {crc:08x} and should be {stored:08x}", "Check the disk, then"
         )
+    return values
 
 
 def _extend_over_file(crc: int, file: str, start: int, end: int) -> int:
@@ -289,6 +318,24 @@ def _extend_over_file(crc: int, file: str, start: int, end: int) -> int:
             crc = extend_crc(crc, buffer[:n_read])
             start += n_read
     return crc
+
+
+_ADVICE = {
+    errno.EMFILE: "This process has too many files open: close some, or raise the limit (ulimit -n).",
+    errno.ENFILE: "The system has too many files open: close some.",
+    errno.EACCES: "Make it readable for this user.",
+    errno.EPERM: "Make it readable for this user.",
+    errno.ENOMEM: "Free some memory.",
+}
+
+
+def unreadable(piece: Piece, error: OSError) -> CorruptWeightError:
+    """Returns the error for a chunk that the system does not read."""
+    advice = _ADVICE.get(error.errno or 0)
+    if advice is None:
+        return corrupt(piece, f"cannot be read ({error})", "Check the disk, then")
+    message = f"weight {piece.name!r}: {piece.file} cannot be read ({error}). {advice}"
+    return CorruptWeightError(message, name=piece.name, file=piece.file)
 
 
 def corrupt(piece: Piece, what: str, first: str = "", file: str | None = None) -> CorruptWeightError:

@@ -1,4 +1,4 @@
-"""Threads that load pieces of weights, the most urgent first."""
+"""Threads that load pieces of weights, the most urgent first, and how long they are waited for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from litrt.device import Event, Memory
 from litrt.loader import Loader
+from litrt.patience import LOOK_S, Patience, stalled
 
 T = TypeVar("T")
 
@@ -21,28 +23,52 @@ _N_SMALL = 1024
 """Of how many of these the seconds are kept."""
 
 
+@dataclass(eq=False, slots=True)
+class _Load:
+    """A piece that is being loaded, since when."""
+
+    piece: Any
+    began_s: float
+
+
+class _Wait(threading.local):
+    """How long a thread has waited while the same load was the oldest of those under way."""
+
+    load: _Load | None = None
+    waited_s = 0.0
+
+
 class ReadThreads(Generic[T]):
     """A priority queue of pieces and the daemon threads that empty it.
 
-    Loads run outside the lock. What a piece is loaded into must stay in place until `done` was called for it.
+    Loads run outside the lock. What a piece is loaded into must stay in place until `done` was called for it. A load
+    that has stalled cannot be broken off: it keeps its thread and its place until the disk answers.
 
     Args:
         loader: Loads pieces; closed by `close`.
         lock: Guards the queue, and is held when `done` is called.
         n_threads: Threads that load; `resize` changes it.
         done: Told of every piece that was loaded, with the error if it could not be.
+        timeout_s: Seconds that `wait` and `close` wait for a load, more where loads are slow; None for any time.
     """
 
     def __init__(
-        self, loader: Loader, lock: threading.RLock, n_threads: int, done: Callable[[T, BaseException | None], None]
+        self,
+        loader: Loader,
+        lock: threading.RLock,
+        n_threads: int,
+        done: Callable[[T, BaseException | None], None],
+        timeout_s: float | None = None,
     ) -> None:
         self._loader = loader
         self._lock = lock
         self._done = done
+        self._patience = Patience(timeout_s) if timeout_s is not None else None
+        self._under_way: dict[int, _Load] = {}  # by number of the thread, the oldest first
+        self._waiting = _Wait()
         self._work = threading.Condition(lock)
         self._queue: list[tuple[int, int, T, Any, Memory, Sequence[Event]]] = []
         self._n_queued = 0
-        self._n_loading = 0
         self._loading_since_s = 0.0
         self._busy_s = 0.0
         self._small_s: deque[float] = deque(maxlen=_N_SMALL)
@@ -87,9 +113,9 @@ class ReadThreads(Generic[T]):
                     return
                 _, _, token, piece, memory, waits = heapq.heappop(self._queue)
                 began_s = time.perf_counter()
-                if not self._n_loading:
+                if not self._under_way:
                     self._loading_since_s = began_s
-                self._n_loading += 1
+                self._under_way[number] = _Load(piece, began_s)
             error: BaseException | None = None
             try:
                 self._loader.load(piece, memory, waits)
@@ -99,11 +125,15 @@ class ReadThreads(Generic[T]):
             del memory, waits
             with self._lock:
                 ended_s = time.perf_counter()
-                self._n_loading -= 1
-                if not self._n_loading:
-                    self._busy_s += ended_s - self._loading_since_s
                 if piece.nbytes <= _SMALL_BYTES:
                     self._small_s.append(ended_s - began_s)
+                elif self._patience is not None:
+                    self._patience.ended(ended_s - began_s, self._bytes_under_way)
+                del self._under_way[number]
+                if not self._under_way:
+                    self._busy_s += ended_s - self._loading_since_s
+                if self._closed:
+                    return  # and whoever waited for it was told
                 self._done(token, error)
                 del token, error
 
@@ -111,7 +141,7 @@ class ReadThreads(Generic[T]):
     def busy_s(self) -> float:
         """Seconds in which something was being loaded, so far."""
         with self._lock:
-            return self._busy_s + (time.perf_counter() - self._loading_since_s if self._n_loading else 0.0)
+            return self._busy_s + (time.perf_counter() - self._loading_since_s if self._under_way else 0.0)
 
     @property
     def latency_s(self) -> float:
@@ -124,13 +154,42 @@ class ReadThreads(Generic[T]):
         """Whether the caller is one of these threads."""
         return threading.current_thread() in self._threads
 
+    @property
+    def _bytes_under_way(self) -> int:
+        return sum(load.piece.nbytes for load in self._under_way.values())
+
+    def wait(self, changed: threading.Condition, timeout_s: float | None = None) -> None:
+        """Waits for `changed`, a condition of the lock, for so many seconds or a moment: loads are looked after.
+
+        Raises:
+            StalledReadError: If this thread has waited too long, in all, for the load that began first. It may begin
+                to wait for it again.
+        """
+        load = next(iter(self._under_way.values()), None)
+        began_s = time.monotonic()
+        changed.wait(LOOK_S if timeout_s is None else min(timeout_s, LOOK_S))
+        waiting = self._waiting
+        if self._patience is None or load is None or load not in self._under_way.values():
+            waiting.load = None
+            return
+        # No more than was asked for: the process may have been stopped.
+        waited_s = min(time.monotonic() - began_s, LOOK_S)
+        waiting.waited_s = waited_s + (waiting.waited_s if waiting.load is load else 0.0)
+        waiting.load = load
+        if waiting.waited_s >= self._patience.limit_s(self._bytes_under_way):
+            waiting.load = None
+            raise stalled(load.piece, waiting.waited_s)
+
     def close(self) -> None:
-        """Drops what is queued, waits for the reads under way, and ends the threads."""
+        """Drops what is queued, waits for the loads under way, and ends the threads; those that have stalled, later."""
         with self._lock:
             self._closed = True
             self._queue.clear()
             self._work.notify_all()
+            until_s = None
+            if self._patience is not None:
+                until_s = time.monotonic() + self._patience.limit_s(self._bytes_under_way)
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join()
+                thread.join(None if until_s is None else max(until_s - time.monotonic(), 0.0))
         self._loader.close()

@@ -14,11 +14,11 @@ import zarr
 from zarr.storage import LocalStore
 
 from litrt.arrays import array_dtype, lead_axis, litrt_attributes
-from litrt.blocks import Blocks, sums_of_chunk
+from litrt.blocks import attributes_of_chunks, sums_of_chunk
 from litrt.checkpoint import SourceLike, open_source
 from litrt.convert import values_of, write_rows
 from litrt.crc import Bytes, extend_crc
-from litrt.errors import CorruptWeightError, StoreError
+from litrt.errors import CorruptWeightError, StoreChangedError, StoreError
 from litrt.reader import Piece, Reader
 from litrt.source import KeyMap, Source, renamed
 from litrt.staging import sync
@@ -77,7 +77,7 @@ def _repair(source: Source, reader: Reader, group: zarr.Group, info: TensorInfo,
     values = _values(source, reader.store, info)
     metadata = os.path.join(root, info.path, "zarr.json")
     pieces = reader.pieces(info.name)
-    _check_source(reader, info, values, [piece for piece in pieces if piece.file not in files], metadata in files)
+    are_sums_damaged = _check_source(reader, info, values, metadata in files)
     array = group[info.path]
     assert isinstance(array, zarr.Array), "open_store refuses groups"
     for piece in pieces:
@@ -90,8 +90,8 @@ def _repair(source: Source, reader: Reader, group: zarr.Group, info: TensorInfo,
         _write_chunk(array, info, piece, values)
         for path in (file, file.parent):
             sync(path)
-    if metadata in files and info.blocks is not None:
-        _write_sums(array, info.blocks, pieces, values)
+    if are_sums_damaged:
+        _write_sums(array, info, pieces, values)
         sync(Path(metadata))
 
 
@@ -119,19 +119,32 @@ def _values(source: Source, store: Store, info: TensorInfo) -> Bytes:
     return values
 
 
-def _check_source(
-    reader: Reader, info: TensorInfo, values: Bytes, whole: Sequence[Piece], is_metadata_damaged: bool
-) -> None:
-    """Raises an error where what is whole of a weight is not what the source has."""
-    for piece in whole:
+def _check_source(reader: Reader, info: TensorInfo, values: Bytes, are_sums_damaged: bool) -> bool:
+    """Raises an error where what is whole of a weight is not what the source has; says whether its checksums are not.
+
+    A chunk that is whole and has the source's values, while the checksum that is kept apart from it differs, says that
+    this one is damaged.
+    """
+    pieces = reader.pieces(info.name)
+    for piece in pieces:
         memory = np.empty(piece.nbytes, dtype=np.uint8)
-        reader.read_part(piece, memory)
+        try:
+            reader.read_part(piece, memory)
+        except StoreChangedError:
+            if np.array_equal(memory, values[piece.offset : piece.offset + piece.nbytes]):
+                are_sums_damaged = True
+            continue
+        except CorruptWeightError:
+            continue
         if not np.array_equal(memory, values[piece.offset : piece.offset + piece.nbytes]):
             raise _other(reader.store, f"its {info.name!r} has other values than {piece.file}")
-    if info.blocks is not None and info.blocks.crc32c is not None and not is_metadata_damaged:
-        sums = _sums(info.blocks, reader.pieces(info.name), values)
-        if sums != info.blocks.crc32c.tolist():
-            raise _other(reader.store, f"its {info.name!r} has other values than the checksums of the store say")
+    of_blocks, of_chunks = _sums(info, pieces, values)
+    stored = info.blocks.crc32c.tolist() if info.blocks is not None and info.blocks.crc32c is not None else of_blocks
+    if info.sums is not None:
+        stored, of_blocks = [*stored, *info.sums.tolist()], [*of_blocks, *of_chunks]
+    if stored != of_blocks and not are_sums_damaged:
+        raise _other(reader.store, f"its {info.name!r} has other values than the checksums of the store say")
+    return are_sums_damaged
 
 
 def _other(store: Store, what: str) -> StoreError:
@@ -141,10 +154,13 @@ def _other(store: Store, what: str) -> StoreError:
     )
 
 
-def _sums(blocks: Blocks, pieces: Sequence[Piece], values: Bytes) -> list[int]:
-    block_bytes = blocks.block_rows * blocks.row_bytes
-    parts = (values[piece.offset : piece.offset + piece.nbytes] for piece in pieces)
-    return [crc for part in parts for crc in sums_of_chunk(part, block_bytes, extend_crc)]
+def _sums(info: TensorInfo, pieces: Sequence[Piece], values: Bytes) -> tuple[list[int], list[int]]:
+    """Returns the checksums of the blocks and of the chunks."""
+    blocks = info.blocks
+    parts = [values[piece.offset : piece.offset + piece.nbytes] for piece in pieces]
+    block_bytes = blocks.block_rows * blocks.row_bytes if blocks is not None else 0
+    of_blocks = [crc for part in parts for crc in sums_of_chunk(part, block_bytes, extend_crc)] if block_bytes else []
+    return of_blocks, [extend_crc(0, part) for part in parts]
 
 
 def _write_chunk(array: zarr.Array[Any], info: TensorInfo, piece: Piece, values: Bytes) -> None:
@@ -155,8 +171,11 @@ def _write_chunk(array: zarr.Array[Any], info: TensorInfo, piece: Piece, values:
     write_rows(array, piece.index * info.chunk_rows, rows.reshape(shape))
 
 
-def _write_sums(array: zarr.Array[Any], blocks: Blocks, pieces: Sequence[Piece], values: Bytes) -> None:
-    sums = np.array(_sums(blocks, pieces, values), dtype=np.uint32)
-    made = replace(blocks, crc32c=sums)
+def _write_sums(array: zarr.Array[Any], info: TensorInfo, pieces: Sequence[Piece], values: Bytes) -> None:
+    of_blocks, of_chunks = _sums(info, pieces, values)
     told = litrt_attributes(array.attrs.asdict())
-    array.update_attributes({"litrt": {**told, "blocks": made.attributes()}})
+    if info.sums is not None:
+        told["chunks"] = attributes_of_chunks(info.chunk_rows, of_chunks)
+    if info.blocks is not None:
+        told["blocks"] = replace(info.blocks, crc32c=np.array(of_blocks, dtype=np.uint32)).attributes()
+    array.update_attributes({"litrt": told})

@@ -24,6 +24,7 @@ from litrt.link import Link
 from litrt.onlookers import Onlookers
 from litrt.passes import FORWARD, Passes
 from litrt.paths import signature
+from litrt.patience import READ_TIMEOUT_S
 from litrt.pipeline import Pipeline
 from litrt.placeholder import Placeholder
 from litrt.plan import Plan, Policy
@@ -67,6 +68,8 @@ class Runtime:
         host_budget: On CUDA, the most bytes of page-locked host memory for what streams to the device: `"auto"` for
             half of what is available, `0` for no more than copies need. What is resident on the device has no copy
             in it. Of no use on the CPU.
+        read_timeout_s: Seconds to wait for a read before it is taken to have stalled, which is a StalledReadError; more
+            where reads take longer than a fourth of that. None waits for ever.
         dtype: Serve floating weights in this dtype, whatever the store has: stored bytes are moved, and cast where
             they are used. Buffers that the constructor makes stay as they are.
 
@@ -95,11 +98,14 @@ class Runtime:
         strict: bool = False,
         host_budget: int | str = "auto",
         dtype: torch.dtype | str | None = None,
+        read_timeout_s: float | None = READ_TIMEOUT_S,
     ) -> None:
         if policy not in get_args(Policy):
             raise ValueError(f"policy {policy!r} is not known: use 'belady' or 'lru'.")
         if n_threads is not None and (not isinstance(n_threads, int) or n_threads < 1):
             raise ValueError(f"n_threads must be a positive int, not {n_threads!r}.")
+        if read_timeout_s is not None and not read_timeout_s > 0:
+            raise ValueError(f"read_timeout_s must be a positive number of seconds or None, not {read_timeout_s!r}.")
         if not isinstance(budget, SharedBudget) and budget not in ("min", "auto"):
             parse_bytes(budget, of_bytes=10**9)  # cannot be read? Say so before the model is built.
         self._device = open_device(device) if isinstance(device, str | torch.device) else device
@@ -119,7 +125,14 @@ class Runtime:
         self._passes = Passes(self.module, self._pass_begins, self._pass_ends)
         try:
             budget_of = functools.partial(self._join, budget)
-            serving = serve(weights, budget_of, n_threads=n_threads, host_bytes=host_bytes, strict=strict)
+            serving = serve(
+                weights,
+                budget_of,
+                n_threads=n_threads,
+                host_bytes=host_bytes,
+                strict=strict,
+                timeout_s=read_timeout_s,
+            )
             self._stop = weakref.finalize(self, Pipeline.close, serving.pipeline)
             self._serving = serving
             self._pipeline = serving.pipeline

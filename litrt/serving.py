@@ -157,6 +157,7 @@ def serve(
     n_threads: int | None,
     host_bytes: int,
     strict: bool,
+    timeout_s: float | None,
 ) -> Serving:
     """Starts the pipeline that serves weights.
 
@@ -166,17 +167,23 @@ def serve(
         n_threads: Threads that read, or None for what is measured to be enough.
         host_bytes: Of the tier between the store and a device.
         strict: Refuse what a plan did not predict.
+        timeout_s: Seconds after which a read is taken to have stalled, at least.
 
     Raises:
         BudgetError: If the budget cannot be read, or cannot hold the largest weight.
     """
     if weights.device.is_host:
-        return _serve_from_store(weights, budget_of, n_threads, strict=strict)
-    return _serve_over_link(weights, budget_of, n_threads, host_bytes, strict=strict)
+        return _serve_from_store(weights, budget_of, n_threads, strict=strict, timeout_s=timeout_s)
+    return _serve_over_link(weights, budget_of, n_threads, host_bytes, strict=strict, timeout_s=timeout_s)
 
 
 def _serve_from_store(
-    weights: Weights, budget_of: Callable[[int], int | str], n_threads: int | None, *, strict: bool
+    weights: Weights,
+    budget_of: Callable[[int], int | str],
+    n_threads: int | None,
+    *,
+    strict: bool,
+    timeout_s: float | None,
 ) -> Serving:
     loader = StoreLoader(weights.reader, weights.casts)
     budget = budget_of((n_threads or LOCAL.n_threads) * loader.scratch_bytes_per_task)
@@ -188,7 +195,7 @@ def _serve_from_store(
     # Of the largest that any budget can ask for, the host gives what is written to.
     arena = Arena(weights.device, settled.most_bytes, settled.arena_bytes)
     return Serving(
-        pipeline=_pipeline(weights, settled, loader, arena, tuning.n_threads, strict=strict),
+        pipeline=_pipeline(weights, settled, loader, arena, tuning.n_threads, strict=strict, timeout_s=timeout_s),
         loader=loader,
         host=None,
         budget=budget,
@@ -207,10 +214,13 @@ def _serve_over_link(
     host_bytes: int,
     *,
     strict: bool,
+    timeout_s: float | None,
 ) -> Serving:
     device, reader = weights.device, weights.reader
     n_threads = weights.tune(n_threads, host_bytes, reader.scratch_bytes_per_task).n_threads
-    host = HostTier(device, reader, weights.stored, host_bytes, n_threads, weights.tables, weights.slot_bytes.values())
+    host = HostTier(
+        device, reader, weights.stored, host_bytes, n_threads, weights.tables, weights.slot_bytes.values(), timeout_s
+    )
     loader = Link(device, host, weights.stored, weights.infos)
     budget = budget_of(loader.scratch_bytes)
     settled = weights.settle(budget, loader.scratch_bytes)
@@ -220,7 +230,7 @@ def _serve_over_link(
     arena = Arena(device, capacity_bytes, settled.arena_bytes)
     host.open(weights.matrices, settled.arena_bytes)
     return Serving(
-        pipeline=_pipeline(weights, settled, loader, arena, 1, strict=strict),
+        pipeline=_pipeline(weights, settled, loader, arena, 1, strict=strict, timeout_s=None),
         loader=loader,
         host=host,
         budget=budget,
@@ -233,7 +243,14 @@ def _serve_over_link(
 
 
 def _pipeline(
-    weights: Weights, settled: Budget, loader: StoreLoader | Link, arena: Arena, n_threads: int, *, strict: bool
+    weights: Weights,
+    settled: Budget,
+    loader: StoreLoader | Link,
+    arena: Arena,
+    n_threads: int,
+    *,
+    strict: bool,
+    timeout_s: float | None,
 ) -> Pipeline:
     slots = [TensorInfo.of_bytes(segment.name, segment.nbytes) for segment in settled.segments if segment.is_slot]
     return Pipeline(
@@ -247,4 +264,5 @@ def _pipeline(
         growable=settled.growable,
         strict=strict,
         tables=weights.tables,
+        timeout_s=timeout_s,
     )

@@ -11,11 +11,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from litrt.device import Bytes, CpuDevice
-from litrt.errors import CorruptWeightError
+from litrt.errors import CorruptWeightError, StalledReadError
+from litrt.patience import READ_TIMEOUT_S, stalled
 from litrt.reader import Piece, Reader
 from litrt.store import TensorInfo
 
@@ -145,7 +145,7 @@ def _measured(reader: Reader, pieces: Sequence[Piece], tunings: list[Tuning], me
         start = number * len(spread) // 8 % len(spread)
         try:
             bps = measure(reader, [*spread[start:], *spread[:start]], tuning)
-        except CorruptWeightError:
+        except (CorruptWeightError, StalledReadError):
             return tunings[0]  # raised again where the weight is used
         # Whatever else the machine does makes a measurement slower, never faster.
         best_bps[tuning] = max(best_bps.get(tuning, 0.0), bps)
@@ -160,11 +160,19 @@ def _spread(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def read_bps(reader: Reader, pieces: Sequence[Piece], tuning: Tuning) -> float:
-    """Returns the bytes per second of reading `pieces`, in order and over again, for a moment; nothing else reads."""
+    """Returns the bytes per second of reading `pieces`, in order and over again, for a moment; nothing else reads.
+
+    Raises:
+        CorruptWeightError: If one of them cannot be read.
+        StalledReadError: If a read has not ended in time.
+    """
     most_bytes = max(piece.nbytes for piece in pieces)
     taken = itertools.cycle(pieces)
     lock = threading.Lock()
     began_s = 0.0
+    done: list[int] = []
+    failed: list[BaseException] = []
+    under_way: dict[int, Piece] = {}
 
     def begin() -> None:
         nonlocal began_s
@@ -172,22 +180,41 @@ def read_bps(reader: Reader, pieces: Sequence[Piece], tuning: Tuning) -> float:
 
     ready = threading.Barrier(tuning.n_threads, begin)
 
-    def run(memory: Bytes) -> int:
+    def run(number: int, memory: Bytes) -> None:
         memory[:] = 0  # so that its pages are there before the clock starts
         n_bytes = 0
-        ready.wait()
-        while True:
-            with lock:
-                piece = next(taken)
-            reader.read_part(piece, memory[: piece.nbytes])
-            n_bytes += piece.nbytes
-            if time.perf_counter() - began_s > _SLICE_S:
-                return n_bytes
+        try:
+            ready.wait()
+            while True:
+                with lock:
+                    piece = under_way[number] = next(taken)
+                reader.read_part(piece, memory[: piece.nbytes])
+                n_bytes += piece.nbytes
+                if time.perf_counter() - began_s > _SLICE_S:
+                    break
+            done.append(n_bytes)
+        except BaseException as error:
+            failed.append(error.with_traceback(None))
+        under_way.pop(number, None)
 
     before, reader.n_in_flight = reader.n_in_flight, tuning.n_in_flight
     try:
-        with ThreadPoolExecutor(tuning.n_threads) as pool:
-            n_bytes = sum(pool.map(run, [CpuDevice().allocate(most_bytes) for _ in range(tuning.n_threads)]))
-            return n_bytes / max(time.perf_counter() - began_s, 1e-9)
+        memories = [CpuDevice().allocate(most_bytes) for _ in range(tuning.n_threads)]
+        # Daemons: what has stalled does not keep the process from ending.
+        threads = [
+            threading.Thread(target=run, args=(number, memory), name=f"litrt-tune-{number}", daemon=True)
+            for number, memory in enumerate(memories)
+        ]
+        for thread in threads:
+            thread.start()
+        until_s = time.monotonic() + _SLICE_S + READ_TIMEOUT_S
+        for thread in threads:
+            thread.join(max(until_s - time.monotonic(), 0.0))
+        seconds = max(time.perf_counter() - began_s, 1e-9)
+        if failed:
+            raise failed[0]
+        for piece in list(under_way.values()):
+            raise stalled(piece, READ_TIMEOUT_S)
+        return sum(done) / seconds
     finally:
         reader.n_in_flight = before

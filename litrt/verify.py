@@ -13,7 +13,7 @@ from zarr.storage import StorePath
 
 from litrt.compression import n_processors
 from litrt.crc import Bytes, extend_crc
-from litrt.errors import CorruptWeightError
+from litrt.errors import CorruptWeightError, StoreChangedError
 from litrt.progress import Progress
 from litrt.reader import Piece, Reader
 from litrt.store import Store, open_store
@@ -73,23 +73,31 @@ class _Memory(threading.local):
 
 def check_piece(reader: Reader, piece: Piece, memory: Bytes) -> CorruptWeightError | None:
     """Returns what is wrong with a piece, of which the chunk and its blocks have checksums apart from each other."""
+    changed = None
     try:
         reader.read_part(piece, memory)
+    except StoreChangedError as error:
+        changed = error  # memory has the values
     except CorruptWeightError as error:
         return error
     info = reader.store[piece.name]
     if info.blocks is None or info.blocks.crc32c is None:
-        return None
-    begin = 0
+        return changed
+    begin, wrong = 0, ""
     for n_bytes, stored in info.blocks.in_chunk(piece.offset, piece.nbytes):
         crc = extend_crc(0, memory[begin : begin + n_bytes])
         if crc != stored:
-            file = os.path.join(reader.store.root or "", info.path, "zarr.json")
-            return CorruptWeightError(
-                f"weight {piece.name!r}: {file} is damaged: its checksum of bytes {piece.offset + begin} to "
-                f"{piece.offset + begin + n_bytes} is {stored:08x} and should be {crc:08x}. Run litrt convert again.",
-                name=piece.name,
-                file=file,
-            )
+            start = piece.offset + begin
+            wrong = f"its checksum of bytes {start} to {start + n_bytes} is {stored:08x} and should be {crc:08x}"
+            break
         begin += n_bytes
-    return None
+    if changed is not None and wrong:
+        return changed
+    if changed is not None:
+        wrong = f"its checksum of chunk {piece.index} is not that of its blocks"
+    if not wrong:
+        return None
+    file = os.path.join(reader.store.root or "", info.path, "zarr.json")
+    return CorruptWeightError(
+        f"weight {piece.name!r}: {file} is damaged: {wrong}. Run litrt convert again.", name=piece.name, file=file
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import io
 import json
@@ -24,6 +25,7 @@ import zarr
 from torch import nn
 
 from litrt.convert import convert
+from litrt.crc import extend_crc
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.reader import Reader
 from litrt.store import Store, open_store
@@ -117,7 +119,12 @@ def test_plain_zarr_python_reads_the_same_values(tmp_path: Path) -> None:
     group: Any = zarr.open_group(tmp_path / "s.zarr", mode="r")
     assert np.array_equal(group["a"][...], weights["a"].numpy())
     assert np.array_equal(group["b%2Fc"][...], weights["b/c"].view(torch.uint16).numpy())
-    assert group["b%2Fc"].attrs["litrt"] == {"name": "b/c", "torch_dtype": "bfloat16"}
+    crc = extend_crc(0, weights["b/c"].view(torch.uint8).numpy())
+    assert group["b%2Fc"].attrs["litrt"] == {
+        "name": "b/c",
+        "torch_dtype": "bfloat16",
+        "chunks": {"chunk_rows": 3, "crc32c": base64.b64encode(crc.to_bytes(4, "little")).decode()},
+    }
     assert (tmp_path / "s.zarr/zeros/c/0/0").stat().st_size == 4 * 4 * 4 + 4, "a chunk of zeros is stored"
 
 

@@ -83,15 +83,16 @@ def test_a_page_begins_at_a_multiple_of_its_size(offset: int) -> None:
 class FileSystem:
     """One that refuses direct reads, when a file is opened or when it is read."""
 
-    def __init__(self, refused: str) -> None:
+    def __init__(self, refused: str, number: int = errno.EINVAL) -> None:
         self.refused = refused
+        self.number = number
         self.n_refused = 0
         self.direct: set[int] = set()
         self._open, self._preadv, self._close = os.open, os.preadv, os.close
 
     def _refuse(self) -> None:
         self.n_refused += 1
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        raise OSError(self.number, os.strerror(self.number))
 
     def open(self, file: str, flags: int) -> int:
         if flags & os.O_DIRECT and self.refused == "open":
@@ -111,11 +112,11 @@ class FileSystem:
         self._close(fd)
 
 
-@pytest.fixture(params=["open", "preadv", "nothing"])
+@pytest.fixture(params=[("open", errno.EINVAL), ("open", errno.EOPNOTSUPP), ("preadv", errno.EINVAL), ("nothing", 0)])
 def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileSystem]:
     monkeypatch.setattr(reader, "DIRECT_MIN_BYTES", 1)
     monkeypatch.setattr(packed, "_DIRECT_MIN_BYTES", 1)
-    return FileSystem(request.param)
+    return FileSystem(*request.param)
 
 
 @pytest.mark.parametrize("kind", ["chunks", "packed", "runs"])

@@ -18,7 +18,7 @@ PACKAGE = Path(litrt.__file__).parent
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 
 LAYERS: dict[str, tuple[str, ...]] = {
-    "base": ("errors", "units", "progress"),
+    "base": ("errors", "units", "progress", "patience"),
     "pure": (
         "trace",
         "stats",
@@ -214,7 +214,7 @@ def test_the_errors_are_those_of_the_drawing() -> None:
         assert len(guessed) <= 1
         real[name] = (own[0] if own else None, guessed[0] if guessed else None)
     assert drawn_tree() == real
-    assert len(real) == 10
+    assert len(real) == 12
 
 
 def test_every_error_derives_from_a_builtin_that_a_caller_would_guess() -> None:
