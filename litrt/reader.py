@@ -24,11 +24,12 @@ import zarr
 from zarr.buffer.cpu import NDBuffer
 
 from litrt.arrays import ALIGN_BYTES, array_dtype, lead_axis
+from litrt.checked import MissingChunkError
 from litrt.crc import CRC_BYTES, Bytes, extend_crc
 from litrt.directio import Files, StoppedError, fill, is_on_page, size_of
 from litrt.errors import CorruptWeightError, StoreChangedError
 from litrt.packed import DamageError, PackedChunks
-from litrt.store import MissingChunkError, Store, TensorInfo
+from litrt.store import Store, TensorInfo
 
 DIRECT_MIN_BYTES = 256 << 10
 """Below this, a direct read costs more in latency than a buffered one does in copying."""

@@ -189,7 +189,12 @@ class ReadThreads(Generic[T]):
             until_s = None
             if self._patience is not None:
                 until_s = time.monotonic() + self._patience.limit_s(self._bytes_under_way)
+        self._join(until_s)
+        self._loader.close()
+        if until_s is not None:
+            self._join(time.monotonic() + LOOK_S)  # the loader may have given up what was under way
+
+    def _join(self, until_s: float | None) -> None:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(None if until_s is None else max(until_s - time.monotonic(), 0.0))
-        self._loader.close()

@@ -23,13 +23,10 @@ from typing import Any
 
 import torch
 import zarr
-from zarr.abc.buffer import Buffer, BufferPrototype
-from zarr.abc.store import ByteRequest
 from zarr.abc.store import Store as ZarrStore
-from zarr.storage import LocalStore, StorePath, WrapperStore, ZipStore
+from zarr.storage import LocalStore, StorePath, ZipStore
 
 from litrt.arrays import (
-    METADATA,
     array_dtype,
     bytes_of_chunks,
     chunk_files,
@@ -39,6 +36,7 @@ from litrt.arrays import (
     torch_dtype,
 )
 from litrt.blocks import Blocks, Sums, blocks_of, sums_of_chunks
+from litrt.checked import CheckedStore
 from litrt.errors import StoreError, WeightNotFoundError
 
 FORMAT = 1
@@ -49,6 +47,8 @@ _MAX_JSON_BYTES = 100_000_000
 
 _LARGE_BYTES = 64 << 20
 """From this size on, a tensor is looked for before it is believed in."""
+
+_CLOSE_S = 1.0
 
 _MOST_RATIO = 1000
 """Bytes that no codec makes of one."""
@@ -193,10 +193,14 @@ class Store(Mapping[str, TensorInfo]):
 
     def close(self) -> None:
         """Closes the Zarr group, if it was opened; the store can still be used, which opens it again."""
-        with self._lock:
+        if not self._lock.acquire(timeout=_CLOSE_S):
+            return  # a thread waits for the answer of a remote store, which is not open yet
+        try:
             group, self._group = self._group, None
             if group is not None:
                 group.store.close()
+        finally:
+            self._lock.release()
 
     def _known(self, name: str) -> str:
         if name in self._by_name:
@@ -204,33 +208,6 @@ class Store(Mapping[str, TensorInfo]):
         close = difflib.get_close_matches(str(name), self._by_name, n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {len(self)} other names."
         raise WeightNotFoundError(f"{self.path} has no weight {name!r}: {hint}", name=name)
-
-
-class MissingChunkError(Exception):
-    """A chunk that the store does not have. zarr-python would return the fill value in its place."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(f"{key} is missing")
-        self.key = key
-
-
-class _Checked(WrapperStore[ZarrStore]):
-    """Raises where zarr-python would take a chunk that is missing for one that is all zeros."""
-
-    def __init__(self, store: ZarrStore, *, owned: bool = False) -> None:
-        super().__init__(store)
-        self._owned = owned
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        value = await super().get(key, prototype, byte_range)
-        if value is None and key.rpartition("/")[2] not in METADATA:
-            raise MissingChunkError(key)
-        return value
-
-    def close(self) -> None:
-        # A store that the caller opened stays open.
-        if self._owned:
-            super().close()
 
 
 def open_store(path: str | os.PathLike[str] | ZarrStore | StorePath) -> Store:
@@ -324,7 +301,7 @@ def _open_zarr(label: str, path: str | os.PathLike[str] | ZarrStore | StorePath)
 
 
 def _open_group(store: ZarrStore, path: str = "", *, owned: bool = True) -> zarr.Group:
-    checked = _Checked(store, owned=owned)
+    checked = CheckedStore(store, owned=owned)
     try:
         return zarr.open_group(checked, path=path, mode="r")
     except BaseException:

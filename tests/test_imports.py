@@ -39,6 +39,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "blocks",
         "crc",
         "arrays",
+        "checked",
         "store",
         "directio",
         "packed",
