@@ -12,10 +12,11 @@ COMMANDS = {
     "simulate": "the same picture from a trace and a bandwidth, without a machine",
     "record": "the trace of a model, for simulate",
     "overhead": "what litrt costs per call of a module",
+    "soak": "a runtime for an hour in a memory limit: what it holds must not grow",
     "reader": "how fast stores are read, beside the disk",
     "compression": "what lossless codecs do to trained weights",
 }
-INTERNAL = ("cell",)
+INTERNAL = ("cell", "soaked")
 
 
 def main(argv: list[str]) -> int:

@@ -31,6 +31,21 @@ def memory_group(limit_bytes: int) -> Iterator[Callable[[], None]]:
         group.rmdir()
 
 
+def peak_bytes() -> int | None:
+    """Returns the most that the group of this process has held, its page cache included; None where that is unknown."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            file = ROOT / "memory" / path.lstrip("/") / "memory.max_usage_in_bytes"
+        elif not controllers:
+            file = ROOT / path.lstrip("/") / "memory.peak"
+        else:
+            continue
+        if file.is_file():
+            return int(file.read_text())
+    return None
+
+
 def why_not(limit_bytes: int) -> str | None:
     """Says why no group can be made, or returns None where one can."""
     try:
