@@ -3,7 +3,7 @@
     python -m bench soak --layers 8 --width 2048 --budget 600MB --beside 600MB --data DIR --out soak.json
     python -m bench soak --layers 8 --width 2048 --budget 600MB --beside 600MB --data DIR --seconds 0
 
-The process is in a memory control group that counts the page cache, of the budget and `--beside` for everything else: the
+The process is in a memory control group that counts the page cache, of the budget and `--beside` for all else: the
 interpreter, torch, activations. Passes of two lengths take turns; some are broken off in their middle, now and then the
 budget changes and the runtime is made anew. Every result is compared with that of the plain model. Resident memory,
 descriptors and threads are those of the process, in the last quarter of the samples and in the second one.
