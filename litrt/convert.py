@@ -66,7 +66,7 @@ def convert(
             in a `dict` or a torch file are stored once. A list of these is taken for one.
         store: Directory to write.
         key_map: New names: a mapping of names to new ones, in which others keep theirs, or a function. None for a new
-            name leaves the tensor out.
+            name leaves the tensor out, as is needed of those that cannot be stored.
         dtype: Casts floating tensors, and no others, to this dtype.
         compress: None, "lz4" or "zstd": lossless. "auto" measures how fast the weights are read from the disk of
             `store`, as they are and compressed, which needs some 300 MB there for a moment, once for each dtype, and
@@ -91,6 +91,7 @@ def convert(
     with open_source(source) as opened:
         if key_map is not None:
             opened = renamed(opened, key_map)
+        opened.refuse_unfit()
         total_bytes = _total_bytes(opened, cast)
         target.parent.mkdir(parents=True, exist_ok=True)
         with Staging(target, _key(opened, cast, compress)) as staging:
@@ -112,7 +113,7 @@ def _key(source: Source, cast: torch.dtype | None, compress: str | None) -> str 
         (str(file.resolve()), status.st_size, status.st_mtime_ns) for file in source.files for status in [file.stat()]
     ]
     layout = [FORMAT, _WRITTEN, TARGET_CHUNK_BYTES, BLOCK_BYTES, CHUNK_BYTES, str(SETTINGS)]
-    said = [layout, files, source.names, source.aliases, str(cast), compress]
+    said = [layout, files, source.names, source.origins, source.aliases, str(cast), compress]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 

@@ -16,7 +16,7 @@ import torch
 from litrt.arrays import are_counts
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.safetensors_file import open_safetensors
-from litrt.source import Source, read_into
+from litrt.source import Source, numpy_dtype, numpy_tensor, read_into
 
 _SUFFIX = ".npy"
 _MOST_RATIO = 1032  # what zlib makes of zeros
@@ -26,19 +26,28 @@ def open_npz(path: Path, stack: contextlib.ExitStack) -> Source:
     """Opens a file of `numpy.savez`, which is closed with `stack`.
 
     Raises:
-        StoreError: If it is not such a file, or has an array that is no tensor.
+        StoreError: If it is not such a file; where an array is no tensor, when that is fetched.
         CorruptWeightError: If an array cannot be read; raised when it is fetched.
     """
     try:
         archive = stack.enter_context(zipfile.ZipFile(path))
         names = [name.removesuffix(_SUFFIX) for name in archive.namelist() if name.endswith(_SUFFIX)]
-        sizes = {name: _size(path, name, archive) for name in names}
+        headers = {name: _header(path, name, archive) for name in names}
     except (zipfile.BadZipFile, ValueError, EOFError) as error:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"{path} is not a whole file of numpy.savez: {error}. Download it again.") from error
+    found = {name: (shape, numpy_dtype(dtype)) for name, (shape, dtype) in headers.items()}
+    sizes = {name: (math.prod(shape), dtype) for name, (shape, dtype) in found.items() if dtype is not None}
+    unfit = {
+        name: f"{path}: {name!r} is an array of {headers[name][1]}, which is no tensor"
+        for name in names
+        if name not in sizes
+    }
 
     def fetch(name: str) -> torch.Tensor:
+        if name in unfit:
+            raise StoreError(f"{unfit[name]}.")
         try:
             with archive.open(name + _SUFFIX) as file:
                 array = np.lib.format.read_array(file, allow_pickle=False)
@@ -46,26 +55,22 @@ def open_npz(path: Path, stack: contextlib.ExitStack) -> Source:
             raise CorruptWeightError(
                 f"{path}: {name!r} is damaged: {error}. Download it again.", name=name, file=str(path)
             ) from error
-        return torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
+        return numpy_tensor(array)
 
-    return Source(tuple(names), fetch, {}, sizes, files=(path,))
+    return Source(tuple(names), fetch, {}, sizes, files=(path,), unfit=unfit)
 
 
-def _size(path: Path, name: str, archive: zipfile.ZipFile) -> tuple[int, torch.dtype]:
-    """Returns the elements and the dtype of an array by its header."""
+def _header(path: Path, name: str, archive: zipfile.ZipFile) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Returns the shape and the dtype of an array, of which the file may have all values."""
     with archive.open(name + _SUFFIX) as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
-    try:
-        found = torch.from_numpy(np.empty(0, dtype=dtype)).dtype
-    except (TypeError, ValueError) as error:
-        raise StoreError(f"{path}: {name!r} is an array of {dtype}, which is no tensor: leave it out.") from error
     packed = archive.getinfo(name + _SUFFIX)
     n_bytes = min(packed.file_size, packed.compress_size * _MOST_RATIO)
     if math.prod(shape) * dtype.itemsize > n_bytes:
         raise StoreError(f"{path} is damaged: {name!r} of shape {shape} is larger than what the file has of it.")
-    return math.prod(shape), found
+    return shape, dtype
 
 
 def open_offloaded(index: Path, stack: contextlib.ExitStack) -> Source:

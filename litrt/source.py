@@ -6,10 +6,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from litrt.errors import CorruptWeightError
+from litrt.errors import CorruptWeightError, StoreError
 
 
 @dataclass(frozen=True)
@@ -19,10 +22,13 @@ class Source:
     Attributes:
         names: All names, in order.
         aliases: Names of tensors that share the memory of an earlier one, and the name of that one.
-        sizes: Elements and dtype of each tensor, where they are known before it is fetched.
+        sizes: Elements and dtype of each tensor that fits, where they are known before it is fetched.
         fetch: Returns a tensor of a name that is not an alias. In order, each file is opened once.
         release: Called when the tensor that was fetched is no longer needed.
         files: Those that it is in, if it is in files.
+        unfit: Names of what litrt cannot store, such as quantised blocks, and why in words. To fetch it is a
+            StoreError.
+        origins: What the tensors are called in the files, name by name, where they were renamed.
     """
 
     names: tuple[str, ...]
@@ -31,6 +37,16 @@ class Source:
     sizes: dict[str, tuple[int, torch.dtype]] | None = None
     release: Callable[[torch.Tensor], None] = lambda tensor: None
     files: tuple[Path, ...] = ()
+    unfit: dict[str, str] = field(default_factory=dict)
+    origins: tuple[str, ...] = ()
+
+    def refuse_unfit(self) -> None:
+        """Raises a StoreError where something cannot be stored, before the rest is written for nothing."""
+        if self.unfit:
+            raise StoreError(
+                f"{next(iter(self.unfit.values()))}. Of {len(self.names)} tensors {len(self.unfit)} cannot be stored: "
+                "leave them out with key_map, in which their new name is None."
+            )
 
 
 def read_into(path: Path, fd: int, name: str, tensor: torch.Tensor, position: int) -> None:
@@ -50,6 +66,20 @@ def read_into(path: Path, fd: int, name: str, tensor: torch.Tensor, position: in
             )
         position += n_read
         view = view[n_read:]
+
+
+def numpy_dtype(dtype: np.dtype[Any]) -> torch.dtype | None:
+    """Returns the dtype in torch of an array of numpy, of any byte order; None where that is no tensor."""
+    try:
+        return torch.from_numpy(np.empty(0, dtype=dtype.newbyteorder("="))).dtype
+    except (TypeError, ValueError):
+        return None
+
+
+def numpy_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+    """Returns an array whose dtype torch has as a tensor, which shares its memory where it can."""
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
 
 
 KeyMap = Mapping[str, str | None] | Callable[[str], str | None]
@@ -85,8 +115,16 @@ def renamed(source: Source, key_map: KeyMap) -> Source:
     for new, target in targets.items():
         first.setdefault(target, new)
     aliases = {new: first[target] for new, target in targets.items() if first[target] != new}
-    sizes = source.sizes and {new: source.sizes[target] for new, target in targets.items()}
-    return replace(source, names=tuple(old), fetch=lambda new: source.fetch(targets[new]), aliases=aliases, sizes=sizes)
+    known, unfit = source.sizes, source.unfit
+    return replace(
+        source,
+        names=tuple(old),
+        fetch=lambda new: source.fetch(targets[new]),
+        aliases=aliases,
+        sizes=known and {new: known[target] for new, target in targets.items() if target in known},
+        unfit={new: unfit[target] for new, target in targets.items() if target in unfit},
+        origins=tuple(old.values()),
+    )
 
 
 def merged(sources: Sequence[Source]) -> Source:
@@ -117,4 +155,5 @@ def merged(sources: Sequence[Source]) -> Source:
     # Values of a mapping have nothing by which a conversion that was interrupted could tell them from others.
     files = tuple(file for source in sources for file in source.files) if all(s.files for s in sources) else ()
     aliases = {alias: name for source in sources for alias, name in source.aliases.items()}
-    return Source(tuple(home), fetch, aliases, sizes, release, files)
+    unfit = {name: why for source in sources for name, why in source.unfit.items()}
+    return Source(tuple(home), fetch, aliases, sizes, release, files, unfit)

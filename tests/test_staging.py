@@ -162,6 +162,20 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(
     assert not (tmp_path / "s.zarr.partial").exists()
 
 
+def test_another_key_map_begins_anew_though_it_makes_the_same_names(
+    source: Path, tmp_path: Path, interruption: Interruption
+) -> None:
+    def call(*left_out: int) -> litrt.Store:
+        kept = [f"layer.{n}" for n in range(N_TENSORS) if n not in left_out]
+        key_map = {f"layer.{n}": None for n in left_out} | {name: f"w{n}" for n, name in enumerate(kept)}
+        return convert(source, tmp_path / "s.zarr", key_map=key_map, progress=False)
+
+    interruption.fail(lambda: call(0), 10, KeyboardInterrupt())
+    store = call(1)
+    assert len(interruption.written) == N_TENSORS - 1
+    assert torch.equal(Reader(store).read_tensor("w0"), weights()["layer.0"])
+
+
 def test_what_the_measured_compression_decided_is_kept(
     source: Path, tmp_path: Path, interruption: Interruption, monkeypatch: pytest.MonkeyPatch
 ) -> None:
