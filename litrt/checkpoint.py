@@ -1,4 +1,4 @@
-"""Checkpoints as sources of tensors: mappings, safetensors files, torch files, and directories of shards.
+"""Checkpoints as sources of tensors: mappings, torch files, directories of shards, and which module reads the others.
 
 A source gives one tensor at a time and keeps none, so that a checkpoint of any size can be converted.
 """
@@ -18,10 +18,13 @@ import torch
 from torch import nn
 
 from litrt.errors import StoreError
+from litrt.gguf_file import open_gguf
+from litrt.lit_folder import is_lit_folder, open_lit_folder
 from litrt.raw_files import open_npz, open_offloaded
 from litrt.safetensors_file import open_safetensors
 from litrt.source import Source, merged
 from litrt.wrappers import is_wrapper, parts
+from litrt.zarr_source import is_zarr_folder, open_litrt, open_zarr
 
 SourceLike = Mapping[str, torch.Tensor] | str | os.PathLike[str]
 
@@ -53,24 +56,37 @@ def open_source(source: SourceLike | Sequence[SourceLike]) -> Iterator[Source]:
             f"cannot convert {type(source).__name__}: pass a state_dict, another mapping of names to "
             "tensors, or the path of a checkpoint."
         )
-    path = _checkpoint_file(Path(source))
     with contextlib.ExitStack() as stack:
-        if path.name == "index.json":
-            yield open_offloaded(path, stack)
-        elif path.name.endswith(".index.json"):
-            yield _open_shards(path, stack)
+        if "://" in os.fspath(source):
+            yield open_litrt(source, stack)
         else:
-            yield _open_file(path, stack)
+            yield _open_path(_checkpoint_file(Path(source)), stack)
+
+
+def _open_path(path: Path, stack: contextlib.ExitStack) -> Source:
+    if path.is_dir() or path.suffix == ".zip":
+        return open_zarr(path, stack)
+    if path.name == "meta.json":
+        return open_lit_folder(path, stack)
+    if path.name == "index.json":
+        return open_offloaded(path, stack)
+    if path.name.endswith(".index.json"):
+        return _open_shards(path, stack)
+    return _open_file(path, stack)
 
 
 def _checkpoint_file(path: Path) -> Path:
-    """Returns the file to read for `path`, which may be a directory."""
+    """Returns the file to read for `path`, which may be a directory; of a Zarr group, the directory itself."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: pass the path of a checkpoint.")
-    if not path.is_dir():
+    if not path.is_dir() or is_zarr_folder(path):
         return path
+    if is_lit_folder(path):
+        return path / "meta.json"
+    if (path / "snapshots").is_dir() and ((path / "refs").is_dir() or (path / "blobs").is_dir()):
+        return _checkpoint_file(_snapshot(path))
     # Where a directory has a checkpoint in both formats, they are the same weights.
-    for suffix in ("safetensors.index.json", "bin.index.json", "safetensors", "bin"):
+    for suffix in ("safetensors.index.json", "bin.index.json", "safetensors", "bin", "gguf"):
         found = sorted(path.glob(f"*.{suffix}"))
         preferred = [file for file in found if file.name in {f"model.{suffix}", f"pytorch_model.{suffix}"}]
         if len(preferred or found) == 1:
@@ -81,9 +97,24 @@ def _checkpoint_file(path: Path) -> Path:
     if (path / "index.json").is_file():
         return path / "index.json"
     raise StoreError(
-        f"{path} has no checkpoint: expected model.safetensors, pytorch_model.bin, an index of shards (*.index.json) "
-        "or the index.json of weights that were offloaded."
+        f"{path} has no checkpoint: expected model.safetensors, pytorch_model.bin, an index of shards (*.index.json), "
+        "the index.json of weights that were offloaded, the meta.json of PyTorch-LIT, one *.gguf or a Zarr group."
     )
+
+
+def _snapshot(repository: Path) -> Path:
+    """Returns the files of the revision "main" of a repository in the cache of huggingface_hub, or of the only one."""
+    revisions = sorted(path.name for path in (repository / "snapshots").iterdir() if path.is_dir())
+    main = repository / "refs" / "main"
+    revision = main.read_text(errors="replace").strip() if main.is_file() else None
+    if revision is None and len(revisions) == 1:
+        revision = revisions[0]
+    if revision not in revisions:
+        said = "does not say which is main" if revision is None else f"main is none of them, {revision[:50]!r}"
+        raise StoreError(
+            f"{repository} has {len(revisions)} snapshots, and {said}: download it again, or pass one of its snapshots."
+        )
+    return repository / "snapshots" / revision
 
 
 def _open_file(path: Path, stack: contextlib.ExitStack) -> Source:
@@ -93,9 +124,11 @@ def _open_file(path: Path, stack: contextlib.ExitStack) -> Source:
         return _open_torch(path)
     if path.suffix == ".npz":
         return open_npz(path, stack)
+    if path.suffix == ".gguf":
+        return open_gguf(path, stack)
     raise StoreError(
-        f"cannot tell what {path} is: expected .safetensors, .index.json, "
-        f"{', '.join(sorted(_TORCH_SUFFIXES))}, .npz or a directory with one of the first ones."
+        f"cannot tell what {path} is: expected .safetensors, .index.json, {', '.join(sorted(_TORCH_SUFFIXES))}, .npz, "
+        ".gguf, a Zarr group (its directory, or .zip), or a directory with one of the first ones."
     )
 
 

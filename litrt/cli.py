@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from litrt.compression import CODECS, report
 from litrt.convert import convert
@@ -48,11 +50,23 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         help="write a checkpoint as a store",
         description="Writes a checkpoint as a store: a .safetensors file, a sharded checkpoint (its directory or its "
-        "*.index.json), a .bin, .pt or .pth file of torch, a .npz file of numpy, or a folder that Accelerate has "
-        "offloaded weights to. Values are kept bit for bit, unless --dtype is given.",
+        "*.index.json), a model in the cache of the Hugging Face hub, a .bin, .pt or .pth file of torch, a .npz file "
+        "of numpy, a .gguf file that is not quantised (pip install 'litrt[gguf]'), a Zarr group (its directory or "
+        ".zip), or a folder that Accelerate or PyTorch-LIT keeps weights in. Values are kept bit for bit, unless "
+        "--dtype is given.",
     )
-    command.add_argument("source", help="the checkpoint")
+    command.add_argument("source", nargs="+", help="the checkpoint; several are taken for one")
     command.add_argument("store", help="the directory to write, by custom *.zarr")
+    command.add_argument(
+        "--from-hf",
+        action="store_true",
+        help="say that SOURCE is a directory of Hugging Face: of a model, or of one in the hub's cache",
+    )
+    command.add_argument(
+        "--key-map",
+        metavar="FILE",
+        help="a JSON object of names to new ones, or to null for those to leave out; others keep theirs",
+    )
     command.add_argument("--dtype", help="cast floating weights to this, for example bfloat16")
     command.add_argument(
         "--compress",
@@ -113,11 +127,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    for source in arguments.source if arguments.from_hf else ():
+        if not Path(source).is_dir():
+            raise ValueError(f"{source} is no directory, as --from-hf takes it: leave that out for a file.")
+    key_map = None if arguments.key_map is None else _key_map(Path(arguments.key_map))
     if arguments.repair:
-        return _repair(arguments)
+        return _repair(arguments, key_map)
     store = convert(
         arguments.source,
         arguments.store,
+        key_map=key_map,
         dtype=arguments.dtype,
         compress=arguments.compress,
         overwrite=arguments.overwrite,
@@ -128,10 +147,20 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _repair(arguments: argparse.Namespace) -> int:
+def _key_map(file: Path) -> dict[str, str | None]:
+    try:
+        told = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(told, dict):
+        raise ValueError(f"{file} is not an object of names to new names, or to null.")
+    return told
+
+
+def _repair(arguments: argparse.Namespace, key_map: dict[str, str | None] | None) -> int:
     if arguments.dtype or arguments.compress or arguments.overwrite:
         raise ValueError("--repair writes what was there: use it without --dtype, --compress and --overwrite.")
-    repaired = repair(arguments.source, arguments.store, progress=not arguments.quiet)
+    repaired = repair(arguments.source, arguments.store, key_map=key_map, progress=not arguments.quiet)
     for error in repaired:
         print(f"{error.file} was damaged, and is written again")
     print(f"{arguments.store}: {len(repaired)} repaired" if repaired else f"{arguments.store}: nothing is damaged")

@@ -61,9 +61,12 @@ def convert(
     Args:
         source: A `state_dict`; any other mapping of names to tensors, of which each is fetched once and
             dropped before the next; a `.safetensors` file; a `.bin`, `.pt`, `.pth` or `.ckpt` file of
-            tensors; the directory or the `.index.json` of a sharded checkpoint; a `.npz` file of numpy; the
-            folder that Accelerate has offloaded weights to, or its `index.json`. Tensors that share their memory
-            in a `dict` or a torch file are stored once. A list of these is taken for one.
+            tensors; the directory or the `.index.json` of a sharded checkpoint; the directory of a model in the
+            cache of the Hugging Face hub; a `.npz` file of numpy; a `.gguf` file that is not quantised, which needs
+            the extra `litrt[gguf]`; a store of litrt or another Zarr group of version 2 or 3, as a directory or a
+            `.zip`; the folder that Accelerate has offloaded weights to, or its `index.json`; the folder of PyTorch-LIT,
+            or its `meta.json`. Tensors that share their memory in a `dict` or a torch file are stored once. A list of
+            these is taken for one.
         store: Directory to write.
         key_map: New names: a mapping of names to new ones, in which others keep theirs, or a function. None for a new
             name leaves the tensor out, as is needed of those that cannot be stored.
@@ -77,7 +80,8 @@ def convert(
 
     Raises:
         StoreError: If `store` exists, cannot be written, is being written by another conversion or would not fit on
-            the disk, or if `source` is not a checkpoint.
+            the disk, or if `source` is not a checkpoint, or has something that cannot be stored, such as quantised
+            blocks.
         CorruptWeightError: If a file of `source` is truncated.
         FileNotFoundError: If there is no file `source`.
         TypeError: If `source` is not a checkpoint, or holds something else than plain tensors.

@@ -6,15 +6,11 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import torch
 
 from litrt.checkpoint import open_source
 from litrt.errors import ClosedError, WeightNotFoundError
-from litrt.reader import Reader
-from litrt.source import Source
-from litrt.store import open_store
 
 
 class LazyStateDict(Mapping[str, torch.Tensor]):
@@ -87,17 +83,12 @@ def lazy_state_dict(path: str | os.PathLike[str]) -> LazyStateDict:
 
     Raises:
         FileNotFoundError: If there is none.
-        StoreError: If it is neither a store nor a checkpoint.
+        StoreError: If it is neither a store nor a checkpoint. A tensor that litrt cannot read, such as a quantised one
+            of GGUF, raises it when it is asked for.
         CorruptWeightError: If a file is truncated. A damaged chunk of a store raises it when it is read.
     """
     label = os.fspath(path)
     with contextlib.ExitStack() as stack:
-        if "://" in label or (Path(label).is_dir() and (Path(label) / "zarr.json").is_file()):
-            reader = Reader(open_store(path))
-            stack.callback(reader.close)
-            store = reader.store
-            source = Source(tuple(store), reader.read_tensor, store.aliases)
-        else:
-            source = stack.enter_context(open_source(path))
+        source = stack.enter_context(open_source(path))
         kept = stack.pop_all()
     return LazyStateDict(label, source.names, source.aliases, source.fetch, kept)

@@ -45,7 +45,7 @@ class Source:
         if self.unfit:
             raise StoreError(
                 f"{next(iter(self.unfit.values()))}. Of {len(self.names)} tensors {len(self.unfit)} cannot be stored: "
-                "leave them out with key_map, in which their new name is None."
+                "leave them out with key_map, in which their new name is None (null in the file of --key-map)."
             )
 
 
@@ -66,6 +66,12 @@ def read_into(path: Path, fd: int, name: str, tensor: torch.Tensor, position: in
             )
         position += n_read
         view = view[n_read:]
+
+
+def swap_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Turns the bytes of each number of `dtype` around, as those that are big-endian need it."""
+    width = dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
+    tensor.numpy().view(f"u{width}").byteswap(inplace=True)
 
 
 def numpy_dtype(dtype: np.dtype[Any]) -> torch.dtype | None:

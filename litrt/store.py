@@ -42,15 +42,15 @@ from litrt.errors import StoreError, WeightNotFoundError
 FORMAT = 1
 """The version of the format that is written, and the newest that can be read."""
 
-_MAX_JSON_BYTES = 100_000_000
+MAX_JSON_BYTES = 100_000_000
 """What the metadata of a store may take, which is read whole: as much as the header of a safetensors file."""
 
-_LARGE_BYTES = 64 << 20
+LARGE_BYTES = 64 << 20
 """From this size on, a tensor is looked for before it is believed in."""
 
 _CLOSE_S = 1.0
 
-_MOST_RATIO = 1000
+MOST_RATIO = 1000
 """Bytes that no codec makes of one."""
 
 
@@ -238,7 +238,7 @@ def _not_a_store(label: str) -> StoreError:
 
 
 def _open_local(label: str, root: Path) -> Store:
-    document = _read_json(root / "zarr.json")
+    document = read_json(root / "zarr.json")
     if document is None:
         raise _not_a_store(label)
 
@@ -249,7 +249,7 @@ def _open_local(label: str, root: Path) -> Store:
 
     def info(name: str) -> TensorInfo | None:
         node = node_name(name)
-        array = _read_json(root / node / "zarr.json")
+        array = read_json(root / node / "zarr.json")
         if array is None:
             return None
         found = _direct_info(name, node, array)
@@ -366,14 +366,19 @@ def _refusing(what: str) -> Iterator[None]:
         raise StoreError(f"{what} is damaged: {reason[:200]}. Run litrt convert again.") from error
 
 
-def _read_json(file: Path) -> dict[str, Any] | None:
+def read_json(file: Path) -> dict[str, Any] | None:
+    """Returns the object that a file of metadata has, or None where there is no file, or no object in it.
+
+    Raises:
+        StoreError: If it is no JSON, or larger than metadata is.
+    """
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # which does not wait for who writes a pipe
     except (FileNotFoundError, NotADirectoryError):
         return None
     with open(fd, "rb") as opened:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_JSON_BYTES:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON_BYTES:
             raise StoreError(f"{file} is not the metadata of a store: it has {status.st_size} bytes.")
         content = opened.read()
     try:
@@ -385,12 +390,12 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 
 def _check_is_there(label: str, info: TensorInfo, root: Path) -> None:
     """Raises an error where a large tensor cannot be there: memory for it may be taken before its chunks are read."""
-    if info.nbytes <= _LARGE_BYTES:
+    if info.nbytes <= LARGE_BYTES:
         return
     n_bytes = bytes_of_chunks(root / info.path)
     least = info.nbytes // 2
     if info.packed or not info.direct:
-        least //= _MOST_RATIO
+        least //= MOST_RATIO
     if n_bytes < least:
         raise StoreError(
             f"{label} is incomplete: {info.name!r} has {info.nbytes} bytes and its files {n_bytes}. Files were deleted "
@@ -405,7 +410,7 @@ def _direct_info(name: str, node: str, metadata: dict[str, Any]) -> TensorInfo |
         return None
     axis = lead_axis(found.shape)
     nbytes = math.prod(found.shape) * found.dtype.itemsize
-    if math.prod(found.chunks) * found.dtype.itemsize > max(2 * nbytes, _LARGE_BYTES):
+    if math.prod(found.chunks) * found.dtype.itemsize > max(2 * nbytes, LARGE_BYTES):
         return None  # scratch is as large as a chunk
     chunk_rows = found.chunks[axis] if found.chunks else 1
     told = litrt_attributes(metadata.get("attributes", {}))
@@ -441,7 +446,7 @@ def _array_info(label: str, name: str, array: object) -> TensorInfo:
     chunk_rows = max(array.chunks[lead_axis(array.shape)], 1) if array.shape else 1
     chunk_bytes = math.prod(array.chunks) * dtype.itemsize
     nbytes = math.prod(array.shape) * dtype.itemsize
-    if max(array.shape, default=0) >= 1 << 63 or chunk_bytes > max(2 * nbytes, _LARGE_BYTES):
+    if max(array.shape, default=0) >= 1 << 63 or chunk_bytes > max(2 * nbytes, LARGE_BYTES):
         raise StoreError(
             f"{label}: {name!r} has shape {array.shape} and chunks of shape {array.chunks}, which no memory holds: "
             "run litrt convert again."

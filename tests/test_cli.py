@@ -67,6 +67,39 @@ def test_inspect_of_something_else_says_what_to_do(tmp_path, capsys):
     assert "litrt convert" in capsys.readouterr().err
 
 
+def test_convert_takes_several_checkpoints_for_one(checkpoint, tmp_path):
+    torch.save({"more": torch.ones(2)}, tmp_path / "more.pt")
+    both = [str(checkpoint), str(tmp_path / "more.pt")]
+    assert main(["convert", "--quiet", *both, str(tmp_path / "m.zarr")]) == 0
+    assert list(litrt.open_store(tmp_path / "m.zarr")) == ["weight", "tied", "steps", "more"]
+
+
+def test_convert_gives_names_from_a_file(checkpoint, tmp_path, capsys):
+    (tmp_path / "map.json").write_text('{"weight": "w", "steps": null}')
+    options = ["--key-map", str(tmp_path / "map.json"), "--quiet"]
+    store = str(tmp_path / "m.zarr")
+    assert main(["convert", str(checkpoint), store, *options]) == 0
+    assert list(litrt.open_store(store)) == ["w", "tied"]
+    (chunk,) = Path(store, "w", "c").rglob("0/0")
+    chunk.write_bytes(bytes(52))
+    assert main(["convert", "--repair", str(checkpoint), store, *options]) == 0
+    assert "1 repaired" in capsys.readouterr().out
+    for text, said in {"[1]": "is not an object of names", "{": "is not JSON", '{"none": "x"}': "'none'"}.items():
+        (tmp_path / "map.json").write_text(text)
+        assert main(["convert", str(checkpoint), str(tmp_path / "n.zarr"), *options]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_convert_from_hf_takes_directories_only(checkpoint, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    checkpoint.rename(tmp_path / "model" / "pytorch_model.bin")
+    assert main(["convert", "--from-hf", str(tmp_path / "model"), str(tmp_path / "m.zarr"), "--quiet"]) == 0
+    assert list(litrt.open_store(tmp_path / "m.zarr")) == ["weight", "tied", "steps"]
+    file = str(tmp_path / "model" / "pytorch_model.bin")
+    assert main(["convert", "--from-hf", file, str(tmp_path / "n.zarr")]) == 2
+    assert "pytorch_model.bin is no directory" in capsys.readouterr().err
+
+
 def test_an_unknown_command_is_an_error():
     with pytest.raises(SystemExit):
         main(["optimize"])

@@ -325,6 +325,37 @@ def test_a_directory_with_one_checkpoint(tmp_path: Path) -> None:
     assert_holds(convert(tmp_path, tmp_path / "s.zarr", progress=False, overwrite=True), weights)
 
 
+def cached(repository: Path, revisions: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
+    """Makes a repository as the cache of huggingface_hub has it, with links from its snapshots to blobs."""
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    made = {}
+    for revision in revisions:
+        (repository / "snapshots" / revision).mkdir(parents=True)
+        write_safetensors(repository / "blobs" / f"of-{revision}", weights := example())
+        (repository / "snapshots" / revision / "model.safetensors").symlink_to(f"../../blobs/of-{revision}")
+        made[revision] = weights
+    return made
+
+
+def test_a_model_in_the_cache_of_the_hub_is_that_of_main(tmp_path: Path) -> None:
+    repository = tmp_path / "models--org--name"
+    made = cached(repository, ("1a", "2b"))
+    with pytest.raises(StoreError, match="has 2 snapshots, and does not say which is main: download it again, or pass"):
+        convert(repository, tmp_path / "s.zarr")
+    (repository / "refs" / "main").write_text("2b\n")
+    assert_holds(convert(repository, tmp_path / "s.zarr", progress=False), made["2b"])
+    for main in ("3c", "..", "../snapshots/1a", ""):
+        (repository / "refs" / "main").write_text(main)
+        with pytest.raises(StoreError, match=f"has 2 snapshots, and main is none of them, '{re.escape(main)}'"):
+            convert(repository, tmp_path / "t.zarr")
+
+
+def test_a_model_in_the_cache_of_the_hub_may_have_been_downloaded_by_its_revision(tmp_path: Path) -> None:
+    made = cached(tmp_path / "models--org--name", ("1a",))
+    assert_holds(convert(tmp_path / "models--org--name", tmp_path / "s.zarr", progress=False), made["1a"])
+
+
 # Sources that are refused.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -13,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import write_gguf, write_lit, write_zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import litrt
-from litrt.arrays import node_name
+from litrt.arrays import METADATA, node_name
 from litrt.checkpoint import open_source
 from litrt.convert import convert
 from litrt.reader import Reader
@@ -176,6 +178,80 @@ def test_a_safetensors_header_of_any_kind_is_read_or_refused(data: st.DataObject
                 assert sum(source.fetch(name).nbytes for name in source.names) <= 248
         except litrt.LitrtError:
             pass
+
+
+def drawn(data: st.DataObject, document: Any) -> Any:
+    """Draws changes to a document."""
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(list(places(document))))
+        junk, how = data.draw(st.sampled_from(JUNK)), data.draw(st.sampled_from(["put", "drop", "add"]))
+        document = changed(document, path, junk, how)
+    return document
+
+
+def fetch_all(path: Path, most_bytes: int) -> None:
+    """Opens a checkpoint and reads all of it; a refusal is an answer, any other error is not."""
+    try:
+        with open_source(path) as source:
+            for name in source.names:
+                with contextlib.suppress(litrt.LitrtError):
+                    tensor = source.fetch(source.aliases.get(name, name))
+                    assert tensor.nbytes <= most_bytes
+                    if source.sizes is not None:
+                        assert source.sizes[source.aliases.get(name, name)] == (tensor.numel(), tensor.dtype)
+    except litrt.LitrtError:
+        pass
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of other programs."""
+    root = tmp_path_factory.mktemp("others")
+    made = {"w": torch.randn(20, 3), "n": torch.arange(4.0), "empty": torch.ones(0, 2), "one": torch.tensor(1.0)}
+    write_lit(root / "lit", made, "float32")
+    for version in (2, 3):
+        write_zarr(root / f"v{version}.zarr", {"h/w": made["w"], "n": made["n"]}, version, compressors=None)
+    return root
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_metadata_of_pytorch_lit_of_any_kind_is_read_or_refused(others: Path, data: st.DataObject) -> None:
+    file = others / "lit" / data.draw(st.sampled_from(["meta.json", "model-meta.json"]))
+    whole = file.read_bytes()
+    try:
+        file.write_text(json.dumps(drawn(data, json.loads(whole))))
+        fetch_all(others / "lit" / "meta.json", 260)
+    finally:
+        file.write_bytes(whole)
+
+
+@given(st.data())
+@settings(max_examples=150)
+@pytest.mark.filterwarnings("ignore")
+def test_metadata_of_a_group_of_any_kind_is_read_or_refused(others: Path, data: st.DataObject) -> None:
+    root = others / data.draw(st.sampled_from(["v2.zarr", "v3.zarr"]))
+    file = data.draw(st.sampled_from(sorted(file for file in root.rglob("*") if file.name in METADATA)))
+    whole = file.read_bytes()
+    try:
+        file.write_text(json.dumps(drawn(data, json.loads(whole))))
+        fetch_all(root, MOST_BYTES)
+    finally:
+        file.write_bytes(whole)
+
+
+@given(st.data())
+@settings(max_examples=150)
+def test_a_gguf_file_of_any_kind_is_read_or_refused(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "m.gguf")
+        write_gguf(file, {"w": torch.ones(20, 3), "half": torch.ones(4, dtype=torch.bfloat16), "one": torch.ones(1)})
+        content = bytearray(file.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            position = data.draw(st.integers(0, len(content)))
+            content[position : position + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
+        file.write_bytes(content)
+        fetch_all(file, len(content))
 
 
 # What somebody would think of.

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import holds, write_gguf, write_lit, write_zarr
 from safetensors.torch import save_file
+from zarr.storage import ZipStore
 
 import litrt
 from litrt.compression import Measured
@@ -160,6 +162,49 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(
     assert interruption.written == [f"layer.{n}" for n in sorted(range(N_TENSORS), key=str)][15:]
     assert tree(tmp_path / "s.zarr") == expected
     assert not (tmp_path / "s.zarr.partial").exists()
+
+
+def _write(kind: str, path: Path, made: dict[str, torch.Tensor]) -> Path:
+    """Writes a checkpoint of a kind, and returns what to convert."""
+    if kind == "lit":
+        write_lit(path, made, "float32")
+    elif kind == "gguf":
+        path = path.with_suffix(".gguf")
+        write_gguf(path, made)
+    elif kind == "litrt":
+        convert(made, path, progress=False)
+    elif kind == "zarr":
+        write_zarr(path, made)
+    else:
+        path = path.with_suffix(".zip")
+        with ZipStore(path, mode="w") as store:
+            write_zarr(store, made)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["lit", "gguf", "litrt", "zarr", "zip"])
+def test_every_source_of_files_is_gone_on_with_and_seen_to_change(
+    kind: str, tmp_path: Path, interruption: Interruption
+) -> None:
+    made, others = ({f"layer.{n}": weights(seed)[f"layer.{n}"] for n in range(5)} for seed in (0, 1))
+    source = _write(kind, tmp_path / "model", made)
+    expected = undisturbed(source, tmp_path)
+
+    def call() -> litrt.Store:
+        return convert(source, tmp_path / "s.zarr", progress=False)
+
+    interruption.fail(call, 3, KeyboardInterrupt())
+    call()
+    assert len(interruption.written) == 2
+    assert tree(tmp_path / "s.zarr") == expected
+    shutil.rmtree(tmp_path / "s.zarr")
+    interruption.fail(call, 3, KeyboardInterrupt())
+    shutil.rmtree(source) if source.is_dir() else source.unlink()
+    _write(kind, tmp_path / "model", others)
+    interruption.written.clear()
+    store = call()
+    assert len(interruption.written) == 5
+    assert holds(store, others)
 
 
 def test_another_key_map_begins_anew_though_it_makes_the_same_names(
