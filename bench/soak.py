@@ -65,10 +65,14 @@ def line_of(sample: dict[str, Any]) -> str:
 
 
 def growth(samples: list[dict[str, Any]], field: str) -> tuple[float, float]:
-    """Returns the median of the second quarter of the samples, and that of the last one."""
+    """Returns what there was in the second quarter of the samples, and in the last one.
+
+    That is the median of resident memory, and the least of what is counted: a read has a file open for a moment.
+    """
     quarter = max(len(samples) // 4, 1)
+    typical = statistics.median if field == "rss_bytes" else min
     early, late = samples[quarter : 2 * quarter] or samples[:1], samples[-quarter:]
-    return statistics.median(s[field] for s in early), statistics.median(s[field] for s in late)
+    return typical([s[field] for s in early]), typical([s[field] for s in late])
 
 
 def faults(status: int, lines: list[dict[str, Any]], want: list[list[str]]) -> list[str]:

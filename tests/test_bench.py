@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traces import chain, traces
 
-from bench import compression, machine, peers, sweep
+from bench import compression, machine, peers, soak, sweep
 from bench.data import Data, RandomWeights, Saved
 from bench.models import KINDS, ModelSpec, model_ctor
 from bench.plot import of_samples, of_simulated, spread_out
@@ -448,6 +448,50 @@ def test_the_overhead_benchmark_counts_the_calls_that_stream(tmp_path: Path) -> 
     assert len(found["pass_s"]) == len(found["plain_s"]) == len(found["stall_s"]) == 2
     assert overhead.measure(3, 16, "100%", 1, tmp_path, profile=False)["n_streamed_calls"] == 0
     assert f"{found['n_streamed_calls']} streamed calls" in overhead.line(found)
+
+
+# A soak.
+
+
+def test_a_soak_compares_every_pass_with_the_plain_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    out = tmp_path / "soak.json"
+    options = ["--budget", "200kB", "--seconds", "0", "--passes", "45", "--every", "0", "--tokens", "3", "5"]
+    command = [sys.executable, "-m", "bench", "soak", *SIZES, *options, "--data", str(tmp_path), "--out", str(out)]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    report = json.loads(out.read_text())
+    assert report["faults"] == []
+    assert report["result"]["n_passes"] == 45
+    assert report["result"]["n_broken"] == 1
+    assert [len(hashes) for hashes in report["result"]["sha256"]] == [1, 1]
+    budgets = {sample["budget_bytes"] for sample in report["samples"]}
+    assert budgets == {200_000, 160_000}
+    assert "45 passes, all as the plain model's; nothing grew" in finished.stdout
+
+
+def samples_of(**last: int) -> list[dict[str, Any]]:
+    """Returns samples of which the last half is something else, and a result."""
+    common = {"rss_bytes": 10**9, "n_descriptors": 5, "n_threads": 4, "held_peak_bytes": 90, "budget_bytes": 100}
+    samples: list[dict[str, Any]] = [{"s": float(at), **common, **(last if at >= 4 else {})} for at in range(8)]
+    return [*samples, {"n_passes": 8, "sha256": [["a"], ["b"]]}]
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ({}, []),
+        ({"rss_bytes": 10**9 + 2**24 + 1}, ["resident memory grew by 16.78 MB"]),
+        ({"rss_bytes": 10**9 - 2**25}, []),
+        ({"n_descriptors": 6}, ["n_descriptors grew from 5 to 6"]),
+        ({"n_threads": 9}, ["n_threads grew from 4 to 9"]),
+        ({"held_peak_bytes": 101}, ["more was held than the budget"]),
+    ],
+)
+def test_a_soak_says_what_grew(last: dict[str, int], said: list[str]) -> None:
+    assert soak.faults(0, samples_of(**last), [["a"], ["b"]]) == said
+    assert soak.faults(-9, samples_of(**last), [["a"], ["b"]]) == ["killed by signal 9"]
+    assert "results differ" in soak.faults(0, samples_of(**last), [["a"], ["c"]])[0]
 
 
 def test_the_recorded_ratios_are_of_the_settings_that_stores_have() -> None:
