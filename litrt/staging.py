@@ -170,11 +170,11 @@ class Staging:
 
 
 def check_space(target: Path, n_bytes: int) -> None:
-    """Raises a StoreError where the disk has no room for so many bytes beside a path."""
-    free_bytes = shutil.disk_usage(target.parent).free
-    if free_bytes < n_bytes:
+    """Raises a StoreError where the disk has no room for so many bytes beside a path, and says so."""
+    disk = shutil.disk_usage(target.parent)
+    if disk.total and disk.free < n_bytes:  # some file systems do not say how large they are
         raise StoreError(
-            f"{target} needs {format_bytes(n_bytes)} and the disk has {format_bytes(free_bytes)} free: "
+            f"{target} needs {format_bytes(n_bytes)} and the disk has {format_bytes(disk.free)} free: "
             "free some, or choose a path on another disk."
         )
 

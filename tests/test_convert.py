@@ -572,7 +572,7 @@ def test_a_link_to_a_store_stays_a_link(tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_found_out_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**12, free=3_000_000))
     weights = {"w": torch.ones(1_000_000)}
     with pytest.raises(StoreError, match=r"s\.zarr needs 4\.00 MB and the disk has 3\.00 MB free"):
         convert(weights, tmp_path / "s.zarr")
@@ -639,3 +639,10 @@ def test_progress_is_shown_on_a_terminal_only(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "stderr", quiet := Terminal())
     convert({"w": torch.ones(10)}, tmp_path / "s.zarr", overwrite=True, progress=False)
     assert not quiet.getvalue()
+
+
+def test_a_file_system_that_does_not_say_how_large_it_is_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, free=0))
+    assert list(convert({"w": torch.ones(5)}, tmp_path / "s.zarr", progress=False)) == ["w"]

@@ -86,7 +86,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(litrt.StoreError, match=r"exists: choose another path\."):
         export(store, tmp_path, overwrite=True)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4000))
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**12, free=4000))
         with pytest.raises(litrt.StoreError, match=r"needs 4\.\d+ kB and the disk has 4\.00 kB free"):
             export(store, file, overwrite=True)
     assert file.read_text() == "mine"

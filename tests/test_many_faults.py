@@ -108,7 +108,7 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "deleted": ("is missing", lambda file: put(file, Path.unlink)),
     "of another weight": ("is whole, but it is not what", lambda file: put(file, of_another)),
     "of another store": ("is whole, but it is not what", lambda file: put(file, of_another_store)),
-    "a directory": (r"cannot be read \(.*directory|has .* bytes in place of", lambda file: put(file, to_directory)),
+    "a directory": (r"cannot be read \(|has .* bytes in place of", lambda file: put(file, to_directory)),
     "a loop of links": (r"cannot be read \(.*symbolic links", lambda file: put(file, to_loop)),
     "EIO": (r"cannot be read \(.*error\)\. Check the disk", lambda file: refused(file, "preadv", errno.EIO)),
     "EACCES": (r"cannot be read \(.*denied.*\)\. Make it readable", lambda file: refused(file, "open", errno.EACCES)),

@@ -299,10 +299,10 @@ def test_what_is_there_needs_no_space_again_and_stays_until_there_is_enough(
     interruption.fail(lambda: convert(source, tmp_path / "s.zarr", progress=False), 20, KeyboardInterrupt())
     left_bytes = sum(tensor.nbytes for tensor in weights().values())
     left_bytes -= sum(weights()[name].nbytes for name in [f"layer.{n}" for n in sorted(range(N_TENSORS), key=str)][:20])
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=left_bytes // 2))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**12, free=left_bytes // 2))
     with pytest.raises(StoreError, match="free some"):
         convert(source, tmp_path / "s.zarr", progress=False)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=left_bytes))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**12, free=left_bytes))
     convert(source, tmp_path / "s.zarr", progress=False)
     assert len(interruption.written) == N_TENSORS - 20
 
