@@ -15,6 +15,7 @@ COMMANDS = {
     "soak": "a runtime for an hour in a memory limit: what it holds must not grow",
     "reader": "how fast stores are read, beside the disk",
     "compression": "what lossless codecs do to trained weights",
+    "fuzz": "inputs that are changed at random: what litrt does with them",
 }
 INTERNAL = ("cell", "soaked")
 
