@@ -124,15 +124,21 @@ def node_name(name: str) -> str:
     return escaped
 
 
-def bytes_of_chunks(directory: Path) -> int:
-    """Returns the bytes of the chunk files of an array, of those that are there."""
-    n_bytes = 0
+def size_of_chunks(directory: Path) -> tuple[int, int]:
+    """Returns how many chunk files an array has, of those that are there, and their bytes."""
+    n_files = n_bytes = 0
     for parent, _, files in os.walk(directory):
         for file in files:
             if file != "zarr.json":
                 with contextlib.suppress(OSError):
                     n_bytes += os.path.getsize(Path(parent, file))
-    return n_bytes
+                    n_files += 1
+    return n_files, n_bytes
+
+
+def bytes_of_chunks(directory: Path) -> int:
+    """Returns the bytes of the chunk files of an array, of those that are there."""
+    return size_of_chunks(directory)[1]
 
 
 def litrt_attributes(attributes: object) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+from collections.abc import Mapping
 
 from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore, MemoryStore, WrapperStore, ZipStore
 
+from litrt import documents
 from litrt.arrays import METADATA
 
 _FIRST_PAUSE_S = 0.1
@@ -37,16 +40,27 @@ class MissingChunkError(Exception):
 
 
 class CheckedStore(WrapperStore[ZarrStore]):
-    """Raises where zarr-python would take a chunk that is missing for one that is all zeros.
+    """Raises where zarr-python would take a chunk that is missing for one that is all zeros, or read any size.
 
     Args:
         store: What to read.
         owned: Whether to close it.
+        limits: The most bytes that a chunk may have that is stored, by the path of its array.
+        sizes: Those of everything in it, where they are known.
     """
 
-    def __init__(self, store: ZarrStore, *, owned: bool = False) -> None:
+    def __init__(
+        self,
+        store: ZarrStore,
+        *,
+        owned: bool = False,
+        limits: Mapping[str, int] | None = None,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__(store)
         self._owned = owned
+        self._limits = {} if limits is None else limits
+        self._sizes = sizes
         self._is_remote = not isinstance(store, LocalStore | MemoryStore | ZipStore)
         self._requests: set[tuple[asyncio.AbstractEventLoop, asyncio.Task[Buffer | None]]] = set()
 
@@ -55,12 +69,40 @@ class CheckedStore(WrapperStore[ZarrStore]):
 
         Raises:
             MissingChunkError: If that is a chunk and it has none.
+            ValueError: If it is larger than it may be.
             OSError: If the store was closed meanwhile; or what its requests raise, in the end.
         """
+        is_metadata = key.rpartition("/")[2] in METADATA
+        most = documents.MOST_BYTES if is_metadata else self._most_bytes(key)
+        if most is not None and (size := await self._size(key)) > most:
+            raise ValueError(f"{key} has {size} bytes, and may have {most}")
         value = await (self._ask if self._is_remote else super().get)(key, prototype, byte_range)
-        if value is None and key.rpartition("/")[2] not in METADATA:
-            raise MissingChunkError(key)
+        if not is_metadata:
+            if value is None:
+                raise MissingChunkError(key)
+        elif value is not None and len(value) > documents.MOST_VALUES:
+            documents.check_values(value.to_bytes())
         return value
+
+    def _with_store(self, store: ZarrStore) -> CheckedStore:
+        """Returns what zarr-python uses in its place where the store can be written to, and is opened for reading."""
+        return CheckedStore(store, owned=self._owned, limits=self._limits, sizes=self._sizes)
+
+    def _most_bytes(self, key: str) -> int | None:
+        while key:
+            if key in self._limits:
+                return self._limits[key]
+            key = key.rpartition("/")[0]
+        return None
+
+    async def _size(self, key: str) -> int:
+        """Returns how large something is where that is known without a request, and 0 elsewhere."""
+        if self._sizes is not None:
+            return self._sizes.get(key, 0)
+        if isinstance(self._store, LocalStore):
+            with contextlib.suppress(FileNotFoundError):
+                return await self._store.getsize(key)
+        return 0
 
     async def _ask(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
         """Asks until there is an answer, or for some seconds, at least twice."""
@@ -89,9 +131,12 @@ class CheckedStore(WrapperStore[ZarrStore]):
             pause_s *= 2
 
     def close(self) -> None:
-        """Gives up what was asked for and not answered. A store that the caller opened stays open."""
+        """Gives up what was asked for and not answered. A store that the caller opened stays open.
+
+        One that could not be opened cannot be closed.
+        """
         while self._requests:
             loop, task = self._requests.pop()
             loop.call_soon_threadsafe(task.cancel)
-        if self._owned:
+        if self._owned and self._store._is_open:
             super().close()

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import mmap
 import os
-import zipfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from litrt import documents
 from litrt.errors import StoreError
 from litrt.gguf_file import open_gguf
 from litrt.lit_folder import is_lit_folder, open_lit_folder
 from litrt.raw_files import open_npz, open_offloaded
 from litrt.safetensors_file import open_safetensors
 from litrt.source import Source, merged
+from litrt.torch_file import load_torch
 from litrt.wrappers import is_wrapper, parts
 from litrt.zarr_source import is_zarr_folder, open_litrt, open_zarr
 
@@ -134,11 +134,14 @@ def _open_file(path: Path, stack: contextlib.ExitStack) -> Source:
 
 def _open_shards(index: Path, stack: contextlib.ExitStack) -> Source:
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = documents.parse(index.read_bytes())["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{index} is not the index of a checkpoint: it has no weight_map.") from error
-    missing = sorted({file for file in files.values() if not (index.parent / file).is_file()})
+    outside = [file for file in files.values() if os.path.isabs(file) or ".." in Path(file).parts]
+    if outside:
+        raise StoreError(f"{index} names the shard {outside[0]!r}, which is not beside it.")
+    missing = sorted({file for file in files.values() if not os.path.isfile(index.parent / file)})
     if missing:
         raise StoreError(
             f"{index} names {len(set(files.values()))} shards and {len(missing)} are missing, the first "
@@ -294,16 +297,7 @@ def _sizes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, torch.dt
 
 
 def _open_torch(path: Path) -> Source:
-    # Files of before torch 1.6 are not zip files and cannot be mapped: they are loaded whole.
-    is_mapped = zipfile.is_zipfile(path)
-    try:
-        loaded = torch.load(path, map_location="cpu", mmap=is_mapped, weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise StoreError(
-            f"cannot load {path}: {reason}. A truncated file has to be downloaded again; one that holds more "
-            "than tensors has to be loaded with torch.load and passed as a state_dict."
-        ) from error
+    loaded, is_mapped = load_torch(path)
     tensors = _unwrap(path, loaded)
     values = _checked_tensors(tensors)
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import math
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
+from litrt import documents
 from litrt.arrays import are_counts
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.safetensors_file import open_safetensors
@@ -20,6 +21,7 @@ from litrt.source import Source, numpy_dtype, numpy_tensor, read_into
 
 _SUFFIX = ".npy"
 _MOST_RATIO = 1032  # what zlib makes of zeros
+_MOST_HEADER_BYTES = 64 << 10  # numpy itself takes 10000 characters
 
 
 def open_npz(path: Path, stack: contextlib.ExitStack) -> Source:
@@ -33,9 +35,9 @@ def open_npz(path: Path, stack: contextlib.ExitStack) -> Source:
         archive = stack.enter_context(zipfile.ZipFile(path))
         names = [name.removesuffix(_SUFFIX) for name in archive.namelist() if name.endswith(_SUFFIX)]
         headers = {name: _header(path, name, archive) for name in names}
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        if isinstance(error, StoreError):
-            raise
+    except StoreError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy's parser of headers raise many kinds
         raise StoreError(f"{path} is not a whole file of numpy.savez: {error}. Download it again.") from error
     found = {name: (shape, numpy_dtype(dtype)) for name, (shape, dtype) in headers.items()}
     sizes = {name: (math.prod(shape), dtype) for name, (shape, dtype) in found.items() if dtype is not None}
@@ -51,7 +53,7 @@ def open_npz(path: Path, stack: contextlib.ExitStack) -> Source:
         try:
             with archive.open(name + _SUFFIX) as file:
                 array = np.lib.format.read_array(file, allow_pickle=False)
-        except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        except Exception as error:
             raise CorruptWeightError(
                 f"{path}: {name!r} is damaged: {error}. Download it again.", name=name, file=str(path)
             ) from error
@@ -60,14 +62,24 @@ def open_npz(path: Path, stack: contextlib.ExitStack) -> Source:
     return Source(tuple(names), fetch, {}, sizes, files=(path,), unfit=unfit)
 
 
+def _whole_header(start: bytes, member: IO[bytes]) -> bytes:
+    """Returns the header of an array that begins with 12 bytes: numpy would read as much as it says that it has."""
+    n_length = 2 if start[6:7] == b"\x01" else 4
+    n_bytes = 8 + n_length + int.from_bytes(start[8 : 8 + n_length], "little")
+    if n_bytes > _MOST_HEADER_BYTES:
+        raise ValueError(f"an array has a header of {n_bytes} bytes")
+    return start + member.read(max(n_bytes - len(start), 0))
+
+
 def _header(path: Path, name: str, archive: zipfile.ZipFile) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Returns the shape and the dtype of an array, of which the file may have all values."""
-    with archive.open(name + _SUFFIX) as file:
+    with archive.open(name + _SUFFIX) as member:
+        file = io.BytesIO(_whole_header(member.read(12), member))
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
     packed = archive.getinfo(name + _SUFFIX)
-    n_bytes = min(packed.file_size, packed.compress_size * _MOST_RATIO)
+    n_bytes = min(packed.file_size, min(packed.compress_size, path.stat().st_size) * _MOST_RATIO)
     if math.prod(shape) * dtype.itemsize > n_bytes:
         raise StoreError(f"{path} is damaged: {name!r} of shape {shape} is larger than what the file has of it.")
     return shape, dtype
@@ -85,7 +97,7 @@ def open_offloaded(index: Path, stack: contextlib.ExitStack) -> Source:
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     elsewhere: dict[str, tuple[str, str]] = {}
     try:
-        for name, told in json.loads(index.read_bytes()).items():
+        for name, told in documents.parse(index.read_bytes()).items():
             if "safetensors_file" in told:
                 elsewhere[name] = (str(told["safetensors_file"]), str(told.get("weight_name", name)))
             else:
@@ -93,6 +105,9 @@ def open_offloaded(index: Path, stack: contextlib.ExitStack) -> Source:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{index} is not the index of an offload folder of Accelerate: {error}.") from error
     files = {name: _offloaded_file(index, name, entry) for name, entry in entries.items()}
+    for name, (other, _) in elsewhere.items():
+        if not os.path.isfile(index.parent / other):
+            raise StoreError(f"{index} places {name!r} in {other!r}, which is no file: offload the model again.")
     opened = {file: open_safetensors(index.parent / file, stack) for file, _ in dict.fromkeys(elsewhere.values())}
     for name, (file, key) in elsewhere.items():
         if key not in opened[file].names:

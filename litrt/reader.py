@@ -24,10 +24,12 @@ import zarr
 from zarr.buffer.cpu import NDBuffer
 
 from litrt.arrays import ALIGN_BYTES, array_dtype, lead_axis
+from litrt.bounded import bounded
 from litrt.checked import MissingChunkError
 from litrt.crc import CRC_BYTES, Bytes, extend_crc
 from litrt.directio import Files, StoppedError, fill, is_on_page, size_of
 from litrt.errors import CorruptWeightError, StoreChangedError
+from litrt.links import link_out
 from litrt.packed import DamageError, PackedChunks
 from litrt.store import Store, TensorInfo
 
@@ -114,6 +116,7 @@ class Reader:
 
         Raises:
             WeightNotFoundError: If the store has no such tensor.
+            CorruptWeightError: If a chunk is reached through a link that leads out of the store.
         """
         info = self.store[name]
         pieces = self._pieces.get(info.name)
@@ -170,8 +173,8 @@ class Reader:
         except OSError as error:
             failure = unreadable(piece, error)
         except Exception as error:
-            if info.direct or info.packed:
-                raise
+            if info.direct or info.packed or isinstance(error, MemoryError):
+                raise  # which says nothing about the chunk
             failure = corrupt(piece, f"cannot be decoded ({error})", "Check the disk or the network, then")
         # Raised here, without the error that caused it: the frames of that one would keep `dest` alive.
         raise failure
@@ -247,7 +250,7 @@ class Reader:
         if array is None:
             found = self.store.group[info.path]
             assert isinstance(found, zarr.Array), "open_store refuses groups"
-            array = self._arrays[info.path] = found
+            array = self._arrays[info.path] = bounded(found)
         if not info.shape:
             array.get_basic_selection((), out=NDBuffer.from_numpy_array(values.reshape(())))
             return
@@ -272,6 +275,7 @@ def _cut(info: TensorInfo, root: str | None) -> list[Piece]:
     rows = info.shape[axis] if info.shape else 1
     row_bytes = info.nbytes // rows
     pieces = []
+    looked_at: set[str] = set()
     for index, first in enumerate(range(0, rows, info.chunk_rows)):
         file = info.path
         if (info.direct or info.packed) and root is not None:
@@ -281,6 +285,8 @@ def _cut(info: TensorInfo, root: str | None) -> list[Piece]:
             file = os.path.join(root, info.path, "c", *indices)
         n_rows = min(info.chunk_rows, rows - first)
         pieces.append(Piece(info.name, first * row_bytes, n_rows * row_bytes, file, index))
+        if file is not info.path and root is not None and (link := link_out(root, file, looked_at)) is not None:
+            raise corrupt(pieces[-1], f"cannot be read, as {link} is a link that leads out of the store")
     return pieces
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from litrt import documents
 from litrt.arrays import are_counts
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.source import Source, read_into
 
-_MAX_HEADER_BYTES = 100_000_000  # what the safetensors library accepts
 SAFETENSORS_DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -46,8 +46,10 @@ def open_safetensors(path: Path, stack: contextlib.ExitStack) -> Source:
         StoreError: If it is not a safetensors file.
         CorruptWeightError: If it is truncated.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # which does not wait for who writes a pipe
     stack.callback(os.close, fd)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise StoreError(f"{path} is not a safetensors file: it is no file at all.")
     entries, start = _safetensors_header(path, fd)
 
     def fetch(name: str) -> torch.Tensor:
@@ -70,13 +72,13 @@ _Entry = tuple[torch.dtype, tuple[int, ...], int, int]
 def _safetensors_header(path: Path, fd: int) -> tuple[dict[str, _Entry], int]:
     size = os.fstat(fd).st_size
     length = int.from_bytes(os.pread(fd, 8, 0), "little")
-    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+    if size < 8 or length > min(size - 8, documents.MOST_BYTES):
         raise StoreError(
             f"{path} is not a safetensors file, or its beginning is lost: it has {size} bytes and announces "
             f"a header of {length}. Download it again."
         )
     try:
-        header: dict[str, Any] = json.loads(os.pread(fd, length, 8))
+        header: dict[str, Any] = documents.parse(os.pread(fd, length, 8))
         header.pop("__metadata__", None)
         entries = {name: _entry(path, name, value) for name, value in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

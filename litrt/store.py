@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
+import errno
 import math
 import os
 import stat
 import threading
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -24,34 +23,52 @@ from typing import Any
 import torch
 import zarr
 from zarr.abc.store import Store as ZarrStore
+from zarr.core.sync import sync
 from zarr.storage import LocalStore, StorePath, ZipStore
 
+from litrt import documents
 from litrt.arrays import (
+    METADATA,
     array_dtype,
-    bytes_of_chunks,
     chunk_files,
     lead_axis,
     litrt_attributes,
     node_name,
+    size_of_chunks,
     torch_dtype,
 )
 from litrt.blocks import Blocks, Sums, blocks_of, sums_of_chunks
+from litrt.bounded import bounded
 from litrt.checked import CheckedStore
 from litrt.errors import StoreError, WeightNotFoundError
+from litrt.links import link_out
+from litrt.zips import is_zip, member_sizes
 
 FORMAT = 1
 """The version of the format that is written, and the newest that can be read."""
 
-MAX_JSON_BYTES = 100_000_000
-"""What the metadata of a store may take, which is read whole: as much as the header of a safetensors file."""
-
 LARGE_BYTES = 64 << 20
 """From this size on, a tensor is looked for before it is believed in."""
 
-_CLOSE_S = 1.0
+_MANY_CHUNKS = 1 << 10
+"""Of more chunks than these as well, as each of them takes memory to know of."""
 
-MOST_RATIO = 1000
-"""Bytes that no codec makes of one."""
+_MOST_CHUNKS = 1 << 17
+"""Chunks that a tensor may have: of 8 MiB, as litrt makes the smaller ones, it has a TiB."""
+
+_MOST_MISSING = 1000
+"""Weights that are looked for in vain before the others are not looked for."""
+
+MOST_RATIO = 1 << 15
+"""Bytes that no codec makes of one: Zstandard has blocks of 128 KiB, which take 4 bytes at least."""
+
+_INDEX_BYTES = 64
+"""What an inner chunk may take of a shard beside twice its values: its place in the index, and what its codecs add."""
+
+_SLACK_BYTES = 64 << 10
+"""What a chunk may take beside twice its values when it is stored."""
+
+_CLOSE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,7 @@ class TensorInfo:
         blocks: Parts of its chunks that can be read and checked alone, where the store has checksums of them.
         packed: Whether a chunk is a file that is one Blosc buffer, followed by its crc32c.
         sums: CRC-32C of the values of its chunks, without padding, where the store has them apart from the chunks.
+        n_chunks: How many chunks it has.
     """
 
     name: str
@@ -85,6 +103,7 @@ class TensorInfo:
     packed: bool = False
     blocks: Blocks | None = field(default=None, repr=False, compare=False)
     sums: Sums | None = field(default=None, repr=False, compare=False)
+    n_chunks: int = field(default=0, repr=False, compare=False)
 
     @property
     def is_padded(self) -> bool:
@@ -226,7 +245,7 @@ def open_store(path: str | os.PathLike[str] | ZarrStore | StorePath) -> Store:
         raise StoreError(f"{label} does not exist: make a store with litrt convert CHECKPOINT {label}.")
     if local is not None and local.is_dir() and (local / "zarr.json").is_file():
         return _open_local(label, local.absolute())
-    if local is not None and not zipfile.is_zipfile(local) and not (local / ".zgroup").is_file():
+    if local is not None and not is_zip(local) and not (local / ".zgroup").is_file():
         raise _not_a_store(label)
     if local is not None and local.suffix in {".bin", ".pt", ".pth", ".ckpt"}:
         raise _not_a_store(label)  # torch's checkpoints are zip files too
@@ -238,61 +257,95 @@ def _not_a_store(label: str) -> StoreError:
 
 
 def _open_local(label: str, root: Path) -> Store:
-    document = read_json(root / "zarr.json")
+    looked_at: set[str] = set()
+
+    def check_inside(file: str) -> None:
+        link = link_out(str(root), file, looked_at)
+        if link is not None:
+            raise StoreError(f"{link} is a link that leads out of the store: copy what it leads to in its place.")
+
+    document = read_json(root / "zarr.json", check_inside)
+    with os.scandir(root) as entries:
+        links = {entry.name for entry in entries if entry.is_symlink()}
     if document is None:
         raise _not_a_store(label)
 
+    limits: dict[str, int] = {}
+
     def open_group() -> zarr.Group:
-        return _open_group(LocalStore(root, read_only=True))
+        return _open_group(CheckedStore(LocalStore(root, read_only=True), owned=True, limits=limits))
 
     group: list[zarr.Group] = []  # opened for the first array that litrt does not read itself
 
     def info(name: str) -> TensorInfo | None:
         node = node_name(name)
-        array = read_json(root / node / "zarr.json")
+        if node in links:
+            check_inside(os.path.join(root, node))
+        array = read_json(root / node / "zarr.json", check_inside)
         if array is None:
             return None
         found = _direct_info(name, node, array)
         if found is None:
             with _refusing(f"{root / node / 'zarr.json'}"):
+                for parent, folders, files in os.walk(root / node):
+                    for inner in (*folders, *files):
+                        check_inside(os.path.join(parent, inner))
                 if not group:
                     group.append(open_group())
-                found = _array_info(label, name, group[0][node])
-        _check_is_there(label, found, root)
+                found = _array_info(label, name, group[0][node], limits)
+        if found.nbytes > LARGE_BYTES or found.n_chunks > _MANY_CHUNKS:
+            _check_is_there(label, found, *size_of_chunks(root / found.path), found.direct)
         return found
 
     return _make_store(label, document.get("attributes", {}), info, open_group, root=str(root))
 
 
 def _open_zarr(label: str, path: str | os.PathLike[str] | ZarrStore | StorePath) -> Store:
+    limits: dict[str, int] = {}
+    is_path = not isinstance(path, ZarrStore | StorePath) and "://" not in label
+    with _refusing(label):
+        sizes = member_sizes(label) if is_path and not os.path.isdir(label) else None
+
     def open_group() -> zarr.Group:
         if isinstance(path, ZarrStore):
-            return _open_group(path, owned=False)
+            return _open_group(CheckedStore(path, limits=limits))
         if isinstance(path, StorePath):
-            return _open_group(path.store, path.path, owned=False)
+            return _open_group(CheckedStore(path.store, limits=limits), path.path)
         if "://" in label:
             plain = zarr.open_group(label, mode="r")
-            return _open_group(plain.store, plain.path)
-        if os.path.isdir(label):
-            return _open_group(LocalStore(label, read_only=True))
-        return _open_group(ZipStore(label, mode="r"))
+            return _open_group(CheckedStore(plain.store, owned=True, limits=limits), plain.path)
+        if sizes is None:
+            return _open_group(CheckedStore(LocalStore(label, read_only=True), owned=True, limits=limits))
+        return _open_group(CheckedStore(ZipStore(label, mode="r"), owned=True, limits=limits, sizes=sizes))
 
     try:
         group = open_group()
-    except (FileNotFoundError, KeyError, TypeError, ValueError, zarr.errors.BaseZarrError) as error:
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not is_path:
+            raise  # of the network
         raise _not_a_store(label) from error
     try:
+        missing: list[str] = []
 
         def fetch(name: str) -> TensorInfo | None:
-            with _refusing(f"the metadata of {name!r}"):
+            if len(missing) >= _MOST_MISSING:
+                return None
+            with _refusing(f"the metadata of {name!r}", is_file=is_path):
                 array = group.get(node_name(name))
-                if array is not None:
-                    return _array_info(label, name, array)
-            return None
+                if array is None:
+                    missing.append(name)
+                    return None
+                info = _array_info(label, name, array, limits)
+                if info.nbytes > LARGE_BYTES or info.n_chunks > _MANY_CHUNKS:
+                    _check_array(label, info, group[info.path], sizes)
+                return info
 
-        # One request per array: together, because a remote store takes long to answer each.
+        # One request per array, and one more for a large one: together, because a remote store takes long to answer.
         told = litrt_attributes(group.attrs.asdict()).get("tensors")
-        listed = [name for name in told if isinstance(name, str)] if isinstance(told, list) else []
+        aliases = litrt_attributes(group.attrs.asdict()).get("aliases")
+        others = aliases if isinstance(aliases, dict) else {}
+        names = told if isinstance(told, list) and _are_strings(told) else []
+        listed = [name for name in dict.fromkeys(names) if name not in others]
         with ThreadPoolExecutor(16) as pool:
             infos = dict(zip(listed, pool.map(fetch, listed), strict=True))
         return _make_store(label, group.attrs.asdict(), infos.get, open_group, root=None)
@@ -300,12 +353,11 @@ def _open_zarr(label: str, path: str | os.PathLike[str] | ZarrStore | StorePath)
         group.store.close()
 
 
-def _open_group(store: ZarrStore, path: str = "", *, owned: bool = True) -> zarr.Group:
-    checked = CheckedStore(store, owned=owned)
+def _open_group(store: CheckedStore, path: str = "") -> zarr.Group:
     try:
-        return zarr.open_group(checked, path=path, mode="r")
+        return zarr.open_group(store, path=path, mode="r")
     except BaseException:
-        checked.close()
+        store.close()
         raise
 
 
@@ -326,12 +378,26 @@ def _make_store(
         raise _not_a_store(label)
     if not isinstance(aliases, dict) or not _are_strings([*aliases.values()]):
         raise _not_a_store(label)
-    distinct = [name for name in names if name not in aliases]
-    infos = {name: info for name in distinct if (info := find(name)) is not None}
-    n_missing = len(distinct) - len(infos)
+    known = set(names)
+    if len(known) < len(names) or not aliases.keys() <= known:
+        what = "names" if len(known) < len(names) else "aliases"
+        raise StoreError(f"{label} is damaged: some of its {what} are no names of its own. Run litrt convert again.")
+    infos: dict[str, TensorInfo] = {}
+    n_missing = 0
+    for name in names:
+        if name not in aliases and n_missing < _MOST_MISSING:
+            info = find(name)
+            if info is None:
+                n_missing += 1
+            else:
+                infos[name] = info
+    for info in infos.values():
+        if info.n_chunks > _MOST_CHUNKS:
+            raise StoreError(f"{label}: {info.name!r} has {info.n_chunks} chunks, and may have {_MOST_CHUNKS}.")
     n_missing += sum(target not in infos for target in aliases.values())
     if n_missing or header.get("complete") is not True:
-        shortfall = f"{n_missing} of {len(names)} weights are missing" if n_missing else "it was not finished"
+        more = "at least " * (n_missing >= _MOST_MISSING)
+        shortfall = f"{more}{n_missing} of {len(names)} weights are missing" if n_missing else "it was not finished"
         raise StoreError(
             f"{label} is incomplete: {shortfall}. The conversion was interrupted: run litrt convert again."
             if header.get("complete") is not True
@@ -355,51 +421,80 @@ def _are_strings(values: object) -> bool:
 
 
 @contextlib.contextmanager
-def _refusing(what: str) -> Iterator[None]:
+def _refusing(what: str, *, is_file: bool = True) -> Iterator[None]:
     """Makes a StoreError of whatever zarr-python raises for metadata that it cannot make sense of."""
     try:
         yield
-    except (StoreError, OSError):
+    except StoreError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and not is_file:
+            raise  # of the network
         reason = str(error) or type(error).__name__
         raise StoreError(f"{what} is damaged: {reason[:200]}. Run litrt convert again.") from error
 
 
-def read_json(file: Path) -> dict[str, Any] | None:
+_JSON_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # which does not wait for who writes a pipe
+
+
+def read_json(file: Path, check_link: Callable[[str], None] = lambda file: None) -> dict[str, Any] | None:
     """Returns the object that a file of metadata has, or None where there is no file, or no object in it.
 
     Raises:
-        StoreError: If it is no JSON, or larger than metadata is.
+        StoreError: If it is no JSON, or larger than metadata is; or what `check_link` raises for a link.
     """
     try:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # which does not wait for who writes a pipe
+        fd = os.open(file, _JSON_FLAGS | os.O_NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        check_link(str(file))
+        try:
+            fd = os.open(file, _JSON_FLAGS)
+        except OSError:
+            return None
     with open(fd, "rb") as opened:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON_BYTES:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > documents.MOST_BYTES:
             raise StoreError(f"{file} is not the metadata of a store: it has {status.st_size} bytes.")
         content = opened.read()
     try:
-        document = json.loads(content)
+        document = documents.parse(content)
     except (ValueError, RecursionError) as error:
-        raise StoreError(f"{file} is damaged: it is not JSON ({error}). Run litrt convert again.") from error
+        raise StoreError(f"{file} cannot be read as JSON: {error}. Run litrt convert again.") from error
     return document if isinstance(document, dict) else None
 
 
-def _check_is_there(label: str, info: TensorInfo, root: Path) -> None:
+def _check_is_there(label: str, info: TensorInfo, n_files: int, n_bytes: int, is_plain: bool) -> None:
     """Raises an error where a large tensor cannot be there: memory for it may be taken before its chunks are read."""
-    if info.nbytes <= LARGE_BYTES:
+    if n_bytes < info.nbytes // (2 if is_plain else MOST_RATIO):
+        shortfall = f"has {info.nbytes} bytes and its files {n_bytes}"
+    elif (n_files if is_plain or info.packed else n_bytes) < info.n_chunks // 2:
+        shortfall = f"has {info.n_chunks} chunks and {n_files} files of {n_bytes} bytes"
+    else:
         return
-    n_bytes = bytes_of_chunks(root / info.path)
-    least = info.nbytes // 2
-    if info.packed or not info.direct:
-        least //= MOST_RATIO
-    if n_bytes < least:
+    raise StoreError(
+        f"{label} is incomplete: {info.name!r} {shortfall}. Files were deleted or a copy was interrupted: copy the "
+        "store again, or run litrt convert again."
+    )
+
+
+def _check_array(label: str, info: TensorInfo, array: Any, sizes: Mapping[str, int] | None) -> None:
+    """Raises an error where a large tensor cannot be there: by the sizes, or else because its last chunk is not."""
+    if sizes is not None:
+        of_array = (item for item in sizes.items() if item[0].startswith(f"{info.path}/"))
+        found = [size for key, size in of_array if key.rpartition("/")[2] not in METADATA]
+        files = chunk_files(array.metadata.to_dict())
+        _check_is_there(label, info, len(found), sum(found), files is not None and not files.packed)
+        return
+    last = tuple((extent - 1) // step for extent, step in zip(array.shape, array.shards or array.chunks, strict=True))
+    key = f"{array.path}/{array.metadata.encode_chunk_key(last)}"
+    if not sync(array.store.exists(key)):
         raise StoreError(
-            f"{label} is incomplete: {info.name!r} has {info.nbytes} bytes and its files {n_bytes}. Files were deleted "
-            "or a copy was interrupted: copy the store again, or run litrt convert again."
+            f"{label} is incomplete: {info.name!r} has {info.nbytes} bytes and no {key}. Files were deleted or a copy "
+            "was interrupted: copy the store again, or run litrt convert again."
         )
 
 
@@ -430,13 +525,15 @@ def _direct_info(name: str, node: str, metadata: dict[str, Any]) -> TensorInfo |
         packed=found.packed,
         blocks=blocks,
         sums=sums,
+        n_chunks=-(-n_rows // chunk_rows),
     )
 
 
-def _array_info(label: str, name: str, array: object) -> TensorInfo:
-    """Returns the entry of an array that has to be read through zarr-python."""
+def _array_info(label: str, name: str, array: object, limits: dict[str, int]) -> TensorInfo:
+    """Returns the entry of an array that has to be read through zarr-python, and notes how large its chunks may be."""
     if not isinstance(array, zarr.Array):
         raise StoreError(f"{label}: {name!r} is a group, not an array: run litrt convert again.")
+    bounded(array)  # or its codecs are refused
     dtype = torch_dtype(array.attrs.asdict(), array.dtype.name)
     if dtype is None or array_dtype(dtype) != array.dtype.name:
         raise StoreError(
@@ -451,7 +548,26 @@ def _array_info(label: str, name: str, array: object) -> TensorInfo:
             f"{label}: {name!r} has shape {array.shape} and chunks of shape {array.chunks}, which no memory holds: "
             "run litrt convert again."
         )
+    outer = array.shards or array.chunks
+    outer_bytes = math.prod(outer) * dtype.itemsize
+    if outer_bytes > max(2 * nbytes, LARGE_BYTES):
+        raise StoreError(
+            f"{label}: {name!r} of shape {array.shape} has shards of shape {outer}, which no memory holds."
+        )
+    n_inner = math.prod(outer) // max(math.prod(array.chunks), 1)
+    limits[array.path] = 2 * outer_bytes + n_inner * _INDEX_BYTES + _SLACK_BYTES
+    n_chunks = math.prod(-(-extent // max(step, 1)) for extent, step in zip(array.shape, array.chunks, strict=True))
     told = litrt_attributes(array.attrs.asdict())
     n_rows = array.shape[lead_axis(array.shape)] if array.shape else 1
-    sums = sums_of_chunks(told, n_rows, chunk_rows) if nbytes else None
-    return TensorInfo(name, array.shape, dtype, nbytes, node_name(name), chunk_rows, False, chunk_bytes, sums=sums)
+    return TensorInfo(
+        name,
+        array.shape,
+        dtype,
+        nbytes,
+        node_name(name),
+        chunk_rows,
+        direct=False,
+        chunk_bytes=chunk_bytes,
+        sums=sums_of_chunks(told, n_rows, chunk_rows) if nbytes else None,
+        n_chunks=n_chunks,
+    )

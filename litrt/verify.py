@@ -41,7 +41,13 @@ def verify(
     """
     opened = store if isinstance(store, Store) else open_store(store)
     reader = Reader(opened)
-    pieces = [piece for name in opened if name not in opened.aliases for piece in reader.pieces(name)]
+    pieces: list[Piece] = []
+    unreadable: list[CorruptWeightError] = []
+    for name in opened:
+        try:
+            pieces += reader.pieces(name) if name not in opened.aliases else ()
+        except CorruptWeightError as error:
+            unreadable.append(error)
     memory = _Memory()
     try:
         with (
@@ -54,7 +60,7 @@ def verify(
                 bar.add(piece.nbytes)
                 return error
 
-            return [error for error in pool.map(check, pieces) if error is not None]
+            return unreadable + [error for error in pool.map(check, pieces) if error is not None]
     finally:
         reader.close()
 

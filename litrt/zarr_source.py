@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import stat
@@ -19,11 +18,13 @@ import zarr
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore, ZipStore
 
+from litrt import documents
 from litrt.arrays import are_counts, litrt_attributes
+from litrt.bounded import bounded
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.reader import Reader
 from litrt.source import Source, numpy_dtype, numpy_tensor
-from litrt.store import LARGE_BYTES, MAX_JSON_BYTES, MOST_RATIO, open_store, read_json
+from litrt.store import LARGE_BYTES, MOST_RATIO, open_store, read_json
 
 _ZARR_FORMATS: dict[str, Literal[2, 3]] = {".zarray": 2, "zarr.json": 3}
 
@@ -62,7 +63,7 @@ def open_zarr(path: Path, stack: contextlib.ExitStack) -> Source:
     unfit: dict[str, str] = {}
     for name, node in names.items():
         try:
-            array = zarr.open_array(store, path=node, mode="r", zarr_format=arrays[node])
+            array = bounded(zarr.open_array(store, path=node, mode="r", zarr_format=arrays[node]))
             sizes[name] = _size(array, n_array_bytes[node])
             opened[name] = array
         except Exception as error:  # whatever zarr-python raises for metadata that it cannot make sense of
@@ -158,9 +159,9 @@ class _Archive:
         except KeyError:
             return None
         try:
-            if n_bytes > MAX_JSON_BYTES:
+            if n_bytes > documents.MOST_BYTES:
                 raise ValueError(f"it has {n_bytes} bytes")
-            document = json.loads(self._archive.read(key))
+            document = documents.parse(self._archive.read(key))
         except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, OSError, zlib.error) as error:
             raise StoreError(f"{self._path}: {key} is damaged: {str(error)[:200]}. Copy the group again.") from error
         return document if isinstance(document, dict) else None

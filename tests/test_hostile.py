@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
+import resource
 import shutil
+import struct
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
+import numcodecs
 import pytest
 import torch
+import zarr
 from checkpoints import write_gguf, write_lit, write_zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.core.buffer.cpu import Buffer as CpuBuffer
 
 import litrt
-from bench.hostile import Safetensors, changed, changed_bytes, changed_document, read_store, safetensors_file, weights
+from bench.hostile import (
+    Safetensors,
+    changed,
+    changed_bytes,
+    changed_document,
+    read_store,
+    safetensors_file,
+    sealed,
+    weights,
+    write_foreign,
+)
 from litrt.arrays import METADATA, node_name
 from litrt.checkpoint import open_source
 from litrt.convert import convert
 from litrt.reader import Reader
 from litrt.store import open_store
+from litrt.verify import verify
 
 MOST_BYTES = 64 << 20
 """No tensor of these stores is anywhere near as large."""
@@ -112,7 +130,7 @@ def test_a_safetensors_header_of_any_kind_is_read_or_refused(random: Random) -> 
             assert sum(source.fetch(name).nbytes for name in source.names) <= 248
 
 
-def fetch_all(path: Path, most_bytes: int) -> None:
+def fetch_or_refuse(path: Path, most_bytes: int) -> None:
     """Opens a checkpoint and reads all of it; a refusal is an answer, any other error is not."""
     try:
         with open_source(path) as source:
@@ -142,7 +160,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_metadata_of_pytorch_lit_of_any_kind_is_read_or_refused(others: Path, random: Random) -> None:
     file = others / "lit" / random.choice(["meta.json", "model-meta.json"])
     with rewritten(file, json.dumps(changed_document(random, json.loads(file.read_bytes()))).encode()):
-        fetch_all(others / "lit" / "meta.json", 260)
+        fetch_or_refuse(others / "lit" / "meta.json", 260)
 
 
 @given(RANDOM)
@@ -152,7 +170,7 @@ def test_metadata_of_a_group_of_any_kind_is_read_or_refused(others: Path, random
     root = others / random.choice(["v2.zarr", "v3.zarr"])
     file = random.choice(sorted(file for file in root.rglob("*") if file.name in METADATA))
     with rewritten(file, json.dumps(changed_document(random, json.loads(file.read_bytes()))).encode()):
-        fetch_all(root, MOST_BYTES)
+        fetch_or_refuse(root, MOST_BYTES)
 
 
 @given(RANDOM)
@@ -163,7 +181,7 @@ def test_a_gguf_file_of_any_kind_is_read_or_refused(random: Random) -> None:
         write_gguf(file, {"w": torch.ones(20, 3), "half": torch.ones(4, dtype=torch.bfloat16), "one": torch.ones(1)})
         content = changed_bytes(random, file.read_bytes())
         file.write_bytes(content)
-        fetch_all(file, len(content))
+        fetch_or_refuse(file, len(content))
 
 
 # What somebody would think of.
@@ -205,7 +223,7 @@ def test_metadata_without_an_end_is_refused(store: Path) -> None:
     for file in (store / "zarr.json", store / "w" / "zarr.json"):
         whole = file.read_bytes()
         file.write_text("[" * 1_000_000)
-        with pytest.raises(litrt.StoreError, match="is damaged: it is not JSON"):
+        with pytest.raises(litrt.StoreError, match="cannot be read as JSON"):
             open_store(store)
         os.truncate(file, 1 << 40)
         with pytest.raises(litrt.StoreError, match="is not the metadata of a store"):
@@ -254,3 +272,385 @@ def test_a_store_is_never_code(tmp_path: Path) -> None:
     with pytest.raises(litrt.StoreError, match="cannot load"):
         convert(tmp_path / "model.pt", tmp_path / "s.zarr", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+# Stores that zarr-python reads.
+
+VALUES = torch.arange(18.0).view(6, 3)
+FRAME = b"\x28\xb5\x2f\xfd\xe0" + (1 << 40).to_bytes(8, "little") + b"\x01\x00\x00"
+"""A Zstandard frame that says it holds a TiB."""
+
+
+@pytest.fixture(params=["directory", "zip"])
+def foreign(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any]:
+    """Returns a store that zarr-python reads, and what changes a file of it."""
+    write_foreign(tmp_path / "f.zarr", {"zstd": VALUES, "gzip": VALUES, "blosc": VALUES, "shards": VALUES})
+    path = tmp_path / ("f.zip" if request.param == "zip" else "f.zarr")
+
+    def put(name: str, content: bytes) -> None:
+        (tmp_path / "f.zarr" / name).write_bytes(content)
+        if request.param == "zip":
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+                for file in sorted((tmp_path / "f.zarr").rglob("*")):
+                    if file.is_file():
+                        archive.write(file, file.relative_to(tmp_path / "f.zarr"))
+
+    put("zarr.json", (tmp_path / "f.zarr" / "zarr.json").read_bytes())
+    reader = Reader(open_store(path))
+    assert all(torch.equal(reader.read_tensor(name), VALUES) for name in reader.store)
+    reader.close()
+    return path, put
+
+
+def refusal(path: Path, name: str) -> str:
+    reader = Reader(open_store(path))
+    try:
+        with pytest.raises(litrt.CorruptWeightError) as caught:
+            reader.read_tensor(name)
+    finally:
+        reader.close()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("zstd", sealed(FRAME + bytes(4)), "says that it holds 1099511627776 bytes, for a chunk of 48"),
+        ("gzip", sealed(gzip.compress(bytes(1 << 20)) + bytes(4)), "says that it holds 65585 bytes"),
+        ("blosc", sealed(struct.pack("<4BIII", 2, 1, 1, 4, 1 << 31, 64, 20) + bytes(8)), "holds 2147483648 bytes"),
+    ],
+)
+def test_a_chunk_that_asks_for_memory_is_damaged(
+    name: str, content: bytes, message: str, foreign: tuple[Path, Any]
+) -> None:
+    path, put = foreign
+    put(f"{name}/c/0/0", content)
+    assert message in refusal(path, name)
+
+
+@pytest.mark.parametrize("name", ["zstd", "shards"])
+def test_a_chunk_that_is_too_large_is_not_read(name: str, foreign: tuple[Path, Any]) -> None:
+    path, put = foreign
+    put(f"{name}/c/0/0", bytes(1 << 20))
+    assert "has 1048576 bytes, and may have 65" in refusal(path, name)
+
+
+def test_metadata_that_is_too_large_is_not_read(foreign: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, put = foreign
+    monkeypatch.setattr("litrt.documents.MOST_BYTES", 10_000)
+    put("zstd/zarr.json", b"{" + b" " * 20_000)
+    with pytest.raises(litrt.StoreError, match=r"zstd/zarr.json (has 20001 bytes, and may have|is not the metadata)"):
+        open_store(path)
+
+
+@pytest.mark.parametrize("shape", [[1 << 40, 3], [1 << 20, 64], [1 << 23, 1]])
+def test_a_foreign_tensor_that_cannot_be_there_is_refused(shape: list[int], foreign: tuple[Path, Any]) -> None:
+    path, put = foreign
+    file = path.with_suffix(".zarr") / "zstd" / "zarr.json"
+    document = changed(json.loads(file.read_text()), ("shape",), shape, "put")
+    put("zstd/zarr.json", json.dumps(document).encode())
+    with pytest.raises(litrt.StoreError, match=r"is incomplete: 'zstd' has \d+ (bytes|chunks) and|has \d+ chunks"):
+        open_store(path)
+
+
+@pytest.mark.parametrize("codec", ["numcodecs.lzma", "numcodecs.pickle", "numcodecs.zfpy", "none"])
+def test_a_codec_that_is_not_known_is_refused(codec: str, foreign: tuple[Path, Any]) -> None:
+    path, put = foreign
+    file = path.with_suffix(".zarr") / "zstd" / "zarr.json"
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": codec, "configuration": {}}]
+    put("zstd/zarr.json", json.dumps(changed(json.loads(file.read_text()), ("codecs",), codecs, "put")).encode())
+    with pytest.raises(litrt.StoreError, match=r"the metadata of 'zstd' is damaged|zarr\.json is damaged"):
+        open_store(path)
+
+
+def write_old(path: Path, compressor: Any) -> None:
+    """Writes a store of Zarr v2."""
+    root = zarr.open_group(path, mode="w", zarr_format=2)
+    attributes = {"litrt": {"name": "w", "torch_dtype": "float32"}}
+    array = root.create_array(
+        "w", shape=(6, 3), dtype="float32", chunks=(6, 3), compressors=compressor, attributes=attributes
+    )
+    array[...] = VALUES.numpy()
+    root.attrs["litrt"] = {"format": 1, "complete": True, "tensors": ["w"], "aliases": {}}
+
+
+@pytest.mark.parametrize("codec", ["zstd", "blosc", "gzip", "zlib", "bz2", "lz4"])
+def test_an_old_store_is_read_within_bounds(codec: str, tmp_path: Path) -> None:
+    compressor = numcodecs.get_codec({"id": codec})
+    write_old(tmp_path / "old.zarr", compressor)
+    reader = Reader(open_store(tmp_path / "old.zarr"))
+    assert torch.equal(reader.read_tensor("w"), VALUES)
+    (tmp_path / "old.zarr" / "w" / "0.0").write_bytes(compressor.encode(bytes(1 << 17)))
+    with pytest.raises(litrt.CorruptWeightError, match=r"says that it holds \d+ bytes, for a chunk of 72"):
+        reader.read_tensor("w")
+    reader.close()
+
+
+@pytest.mark.parametrize("place", ["compressor", "filters"])
+def test_an_old_store_is_never_code(place: str, tmp_path: Path) -> None:
+    write_old(tmp_path / "old.zarr", None)
+    file = tmp_path / "old.zarr" / "w" / ".zarray"
+    for codec in ("pickle", "lzma"):
+        found = {"id": codec}
+        rewrite(file, (place,), found if place == "compressor" else [found])
+        with pytest.raises(litrt.StoreError, match="the metadata of 'w' is damaged"):
+            open_store(tmp_path / "old.zarr")
+
+
+def test_a_zip_file_that_is_no_whole_one_is_refused(foreign: tuple[Path, Any]) -> None:
+    path, put = foreign
+    if path.suffix != ".zip":
+        pytest.skip("a directory")
+    whole = path.read_bytes()
+    end = whole.rindex(b"PK\5\6")
+    for content in (
+        whole[: len(whole) // 2] + whole[end:],
+        whole.replace(b"PK\3\4", b"PK\3\5"),
+        whole[:end] + b"PK\6\7" + bytes([0, 0, 0, 0, *bytes(8), 9, 0, 0, 0]) + whole[end:],
+        whole[:8] + b"\x63" + whole[9:],
+    ):
+        path.write_bytes(content)
+        use(path)
+    put("zarr.json", b"null")
+    with pytest.raises(litrt.StoreError, match="is not a litrt store"):
+        open_store(path)
+
+
+def test_members_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
+    """Many entries for the same bytes make a small zip file a large one."""
+    file = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("zarr.json", bytes(4000))
+        archive.filelist = archive.filelist * 50
+    with pytest.raises(litrt.StoreError, match="its members have 200000 bytes, and the file 6"):
+        open_store(file)
+
+
+class _Counting(zarr.storage.WrapperStore[Any]):
+    """Notes what it is asked for, also when zarr-python uses another of its kind in its place."""
+
+    asked: ClassVar[list[str]] = []
+
+    async def exists(self, key: str) -> bool:
+        self.asked.append(key)
+        return await super().exists(key)
+
+
+def test_a_large_remote_tensor_is_asked_for_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = zarr.storage.MemoryStore()
+    source = zarr.storage.LocalStore(made / "plain.zarr", read_only=True)
+    copied = {str(file.relative_to(source.root)): file for file in source.root.rglob("*") if file.is_file()}
+    memory._store_dict.update({key: CpuBuffer.from_bytes(file.read_bytes()) for key, file in copied.items()})
+    remote = _Counting(memory)
+    remote.asked.clear()
+    monkeypatch.setattr("litrt.store.LARGE_BYTES", 100_000)
+    open_store(remote).close()
+    assert remote.asked == ["w/c/0/0"]
+    del memory._store_dict["w/c/0/0"]
+    with pytest.raises(litrt.StoreError, match="is incomplete: 'w' has 140000 bytes and no w/c/0/0"):
+        open_store(remote)
+
+
+# Links.
+
+
+@pytest.mark.parametrize("place", ["w/c/0/0", "w/c/0", "w/c", "w", "w/zarr.json", "zarr.json"])
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_a_link_that_leads_out_of_a_store_is_refused(place: str, is_plain: bool, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / ("plain.zarr" if is_plain else "packed.zarr"), tmp_path / "s.zarr")
+    outside = tmp_path / "elsewhere"
+    (tmp_path / "s.zarr" / place).rename(outside)
+    (tmp_path / "s.zarr" / place).symlink_to(outside)
+    with pytest.raises(litrt.LitrtError, match=rf"{place} is a link that leads out of the store"):
+        Reader(open_store(tmp_path / "s.zarr")).read_tensor("w")
+    if place.startswith("w/c"):
+        (error,) = verify(tmp_path / "s.zarr", progress=False)
+        assert error.name == "w"
+        with pytest.raises(litrt.CorruptWeightError, match="leads out of the store"):
+            litrt.export(tmp_path / "s.zarr", tmp_path / "w.safetensors", progress=False)
+
+
+@pytest.mark.parametrize("place", ["zstd/c/0/0", "zstd/c"])
+def test_a_link_out_of_a_foreign_store_is_refused(place: str, tmp_path: Path) -> None:
+    write_foreign(tmp_path / "f.zarr", {"zstd": VALUES})
+    (tmp_path / "f.zarr" / place).rename(tmp_path / "elsewhere")
+    (tmp_path / "f.zarr" / place).symlink_to("../" * (place.count("/") + 1) + "elsewhere")
+    with pytest.raises(litrt.StoreError, match=rf"{place} is a link that leads out of the store"):
+        open_store(tmp_path / "f.zarr")
+
+
+@pytest.mark.parametrize("cache", ["models--a--b", "other"])
+def test_a_store_in_a_cache_of_the_hub_may_link_to_its_blobs(cache: str, store: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / cache / "snapshots" / "1f2e", tmp_path / cache / "blobs"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(sorted(file for file in store.rglob("*") if file.is_file())):
+        file.rename(blobs / str(number))
+        link = snapshot / "s.zarr" / file.relative_to(store)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    (tmp_path / "link").symlink_to(snapshot / "s.zarr")  # the store itself may be one
+    if cache == "other":
+        with pytest.raises(litrt.StoreError, match=r"zarr\.json is a link that leads out"):
+            open_store(tmp_path / "link")
+        return
+    assert verify(tmp_path / "link", progress=False) == []
+    chunk = snapshot / "s.zarr" / "w" / "c" / "0" / "0"
+    chunk.unlink()
+    chunk.symlink_to("/etc/hostname")
+    with pytest.raises(litrt.CorruptWeightError, match="leads out"):
+        Reader(open_store(tmp_path / "link")).read_tensor("w")
+
+
+def test_links_within_a_store_are_followed(store: Path) -> None:
+    (store / "w" / "c").rename(store / "w" / "d")
+    (store / "w" / "c").symlink_to("d")
+    assert verify(store, progress=False) == []
+
+
+# Metadata of many values.
+
+
+def test_chunks_without_number_are_refused(store: Path) -> None:
+    rewrite(store / "half" / "zarr.json", ("attributes", "litrt", "chunks"), None)
+    rewrite(store / "half" / "zarr.json", ("shape",), [9 << 20])
+    with pytest.raises(litrt.StoreError, match=r"'half' has 18874368 bytes and its files 22"):
+        open_store(store)
+    with open(store / "half" / "c" / "more", "wb") as more:
+        more.truncate(20 << 20)
+    with pytest.raises(litrt.StoreError, match=r"'half' has 1048576 chunks and 2 files of 20971542 bytes"):
+        open_store(store)
+
+
+@pytest.mark.parametrize("text", ['["w"%s]' % (',"w"' * (1 << 21)), "[%s]" % ("{}," * (1 << 20) + "{}")])
+def test_a_document_of_millions_of_values_is_not_parsed(
+    text: str, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = store / "zarr.json"
+    content = json.dumps(changed(json.loads(file.read_text()), ("attributes", "litrt", "tensors"), "@", "put"))
+    file.write_text(content.replace('"@"', text))
+    monkeypatch.setattr("json.loads", None)
+    with pytest.raises(litrt.StoreError, match="it has more than 2097152 values"):
+        open_store(store)
+    file.write_bytes(safetensors_file(text.encode(), b""))
+    with pytest.raises(litrt.StoreError, match="its header is not what the format says"), open_source_at(file):
+        pass
+
+
+@contextlib.contextmanager
+def open_source_at(file: Path) -> Iterator[None]:
+    renamed = file.rename(file.with_name("model.safetensors"))
+    with open_source(renamed):
+        yield
+
+
+def test_names_that_are_there_twice_are_refused(store: Path) -> None:
+    rewrite(store / "zarr.json", ("attributes", "litrt", "tensors"), ["w"] * 1000)
+    with pytest.raises(litrt.StoreError, match="some of its names are no names of its own"):
+        open_store(store)
+    rewrite(store / "zarr.json", ("attributes", "litrt", "tensors"), ["w", "tied"])
+    with pytest.raises(litrt.StoreError, match="some of its aliases are no names of its own"):
+        open_store(store)
+
+
+def test_weights_that_are_not_there_are_looked_for_in_vain_only_so_often(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"absent.{number}" for number in range(5000)]
+    rewrite(store / "zarr.json", ("attributes", "litrt", "tensors"), [*names, "tie", "tied"])
+    n_looked = 0
+
+    def read(file: Path, check_link: Any) -> Any:
+        nonlocal n_looked
+        n_looked += 1
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    monkeypatch.setattr("litrt.store.read_json", read)
+    with pytest.raises(litrt.StoreError, match="at least 1001 of 5002 weights are missing"):
+        open_store(store)
+    assert n_looked == 1001
+
+
+def test_zeros_that_are_compressed_are_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No ratio is so good that a store of litrt's own is refused."""
+    monkeypatch.setattr("litrt.store.LARGE_BYTES", 1 << 20)
+    store = convert(
+        {"w": torch.zeros(12 << 20, dtype=torch.uint8)}, tmp_path / "s.zarr", compress="zstd", progress=False
+    )
+    assert not Reader(store).read_tensor("w").any()
+
+
+# Checkpoints.
+
+
+def fetch_all(path: Path) -> None:
+    with open_source(path) as source:
+        for name in source.names:
+            source.fetch(name)
+
+
+def refused(path: Path, match: str) -> None:
+    with pytest.raises(litrt.LitrtError, match=match):
+        fetch_all(path)
+
+
+def test_a_torch_file_that_is_compressed_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(1000)}, tmp_path / "whole.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as whole,
+        zipfile.ZipFile(tmp_path / "model.pt", "w", zipfile.ZIP_DEFLATED) as made,
+    ):
+        for name in whole.namelist():
+            made.writestr(name, whole.read(name))
+    refused(tmp_path / "model.pt", r"its members have \d{4} bytes, and the file \d+")
+
+
+def test_a_legacy_torch_file_that_asks_for_memory_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(60)}, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "w.pt").read_bytes()
+    size, text = whole.replace(b"K<Nt", b"\x8a\x06" + (1 << 40).to_bytes(6, "little") + b"Nt"), b"X\x03\0\0\0cpu"
+    assert size != whole
+    assert text in whole
+    (tmp_path / "w.pt").write_bytes(size)
+    refused(tmp_path / "w.pt", f"its tensors have {4 << 40} bytes, and the file {len(size)}")
+    (tmp_path / "w.pt").write_bytes(whole.replace(text, b"X\xff\xff\xff\x7fcpu"))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 30), limits[1]))  # half of what the string asks for
+    try:
+        with pytest.raises(litrt.StoreError) as caught, open_source(tmp_path / "w.pt"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert not isinstance(caught.value.__cause__, MemoryError)
+
+
+def test_an_npz_file_with_a_header_that_does_not_end_is_refused(tmp_path: Path) -> None:
+    member = b"\x93NUMPY\x02\x00" + (1 << 28).to_bytes(4, "little") + b" " * (1 << 22)
+    with zipfile.ZipFile(tmp_path / "model.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("w.npy", member)
+    refused(tmp_path / "model.npz", "an array has a header of 268435468 bytes")
+    with zipfile.ZipFile(tmp_path / "model.npz", "w") as archive:
+        archive.writestr("w.npy", b"\x93NUMPY\x01\x00" + (20).to_bytes(2, "little") + b"{'descr': ((((((((((")
+    refused(tmp_path / "model.npz", "is not a whole file of numpy.savez")
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/model.safetensors", "a/../../model.safetensors"])
+def test_the_shards_of_a_checkpoint_lie_beside_their_index(file: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Safetensors.make(tmp_path)
+    file = str(tmp_path / "model.safetensors") if file.startswith("/") else file
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
+    refused(tmp_path / "in" / "model.safetensors.index.json", "which is not beside it")
+
+
+@pytest.mark.parametrize("file", ["", "..", "\0", "x" * 5000])
+def test_a_shard_that_is_no_file_is_refused(file: str, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(json.dumps({"w": {"safetensors_file": file}}))
+    refused(tmp_path / "index.json", "which is no file")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
+    refused(tmp_path / "model.safetensors.index.json", "are missing|is not beside it")
+
+
+def test_a_safetensors_file_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    refused(tmp_path / "model.safetensors", "it is no file at all")

@@ -18,7 +18,7 @@ PACKAGE = Path(litrt.__file__).parent
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 
 LAYERS: dict[str, tuple[str, ...]] = {
-    "base": ("errors", "units", "progress", "patience"),
+    "base": ("errors", "units", "documents", "progress", "patience"),
     "pure": (
         "trace",
         "stats",
@@ -39,6 +39,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "blocks",
         "crc",
         "arrays",
+        "bounded",
+        "zips",
+        "links",
         "checked",
         "store",
         "directio",
@@ -51,6 +54,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "lit_folder",
         "gguf_file",
         "zarr_source",
+        "torch_file",
         "checkpoint",
         "memory",
         "device",

@@ -147,7 +147,7 @@ def test_arrays_lost_from_a_complete_store_are_counted(path: Path) -> None:
 
 def test_metadata_that_is_not_json_is_named(path: Path) -> None:
     (path / "scale" / "zarr.json").write_text("{")
-    with pytest.raises(StoreError, match=r"scale/zarr.json is damaged: it is not JSON"):
+    with pytest.raises(StoreError, match=r"scale/zarr.json cannot be read as JSON"):
         open_store(path)
 
 
