@@ -30,7 +30,8 @@ from litrt.repair import repair
 from litrt.runtime import Runtime
 from litrt.shared import SharedBudget
 from litrt.stats import Stats
-from litrt.store import Store, TensorInfo, open_store
+from litrt.store import Store, open_store
+from litrt.tensors import TensorInfo
 from litrt.verify import verify
 
 __all__ = [

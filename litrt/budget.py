@@ -9,7 +9,7 @@ from litrt.device import Device
 from litrt.errors import BudgetError
 from litrt.layout import align_up
 from litrt.memory import available_bytes
-from litrt.store import TensorInfo
+from litrt.tensors import TensorInfo
 from litrt.trace import Segment
 from litrt.units import format_bytes, parse_bytes
 

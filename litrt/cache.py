@@ -27,7 +27,7 @@ from litrt.arena import Arena, Block
 from litrt.device import Device, Event, Memory
 from litrt.errors import BudgetError
 from litrt.layout import align_up
-from litrt.store import TensorInfo
+from litrt.tensors import TensorInfo
 from litrt.trace import Segment
 from litrt.units import format_bytes
 

@@ -26,7 +26,8 @@ from litrt.arrays import ALIGN_BYTES, dtype_name
 from litrt.crc import CRC_BYTES, Bytes, extend_crc
 from litrt.directio import O_DIRECT
 from litrt.reader import Reader
-from litrt.store import Store, TensorInfo
+from litrt.store import Store
+from litrt.tensors import TensorInfo
 from litrt.tune import Tuning, read_bps
 from litrt.units import format_bytes
 

@@ -20,7 +20,7 @@ import torch
 
 from litrt.device import Bytes, Event, contiguous_strides
 from litrt.errors import DeviceError
-from litrt.store import TensorInfo
+from litrt.tensors import TensorInfo
 
 _PROBE_BYTES = 64 << 20
 _N_PROBES = 5

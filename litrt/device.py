@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from litrt.memory import available_bytes
-from litrt.store import TensorInfo
+from litrt.tensors import TensorInfo
 
 Bytes = npt.NDArray[np.uint8]
 

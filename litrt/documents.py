@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from litrt.errors import StoreError
 
 MOST_BYTES = 100_000_000
 """What a document may take: as much as the header of a safetensors file."""
+
+_JSON_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # which does not wait for who writes a pipe
 
 MOST_VALUES = 1 << 21
 """Values that a document may have, of which Python takes up to 100 bytes for each. The header of a safetensors file has
@@ -31,3 +40,33 @@ def check_values(content: bytes) -> None:
     n_values = sum(content.count(mark) for mark in (b",", b"[", b"{"))
     if n_values > MOST_VALUES:
         raise ValueError(f"it has more than {MOST_VALUES} values")
+
+
+def read(file: Path, check_link: Callable[[str], None] = lambda file: None) -> dict[str, Any] | None:
+    """Returns the object that a file of metadata has, or None where there is no file, or no object in it.
+
+    Raises:
+        StoreError: If it is no JSON, or larger than metadata is; or what `check_link` raises for a link.
+    """
+    try:
+        fd = os.open(file, _JSON_FLAGS | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        check_link(str(file))
+        try:
+            fd = os.open(file, _JSON_FLAGS)
+        except OSError:
+            return None
+    with open(fd, "rb") as opened:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+            raise StoreError(f"{file} is not the metadata of a store: it has {status.st_size} bytes.")
+        content = opened.read()
+    try:
+        document = parse(content)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{file} cannot be read as JSON: {error}. Run litrt convert again.") from error
+    return document if isinstance(document, dict) else None

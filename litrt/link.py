@@ -25,7 +25,7 @@ from litrt.pipeline import Pipeline
 from litrt.plan import Plan, make_plan, replan
 from litrt.ranges import named_range
 from litrt.reader import Reader
-from litrt.store import TensorInfo
+from litrt.tensors import TensorInfo
 from litrt.trace import Trace, Use
 
 COPY_BYTES = 16 << 20

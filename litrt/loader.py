@@ -16,7 +16,7 @@ from litrt.gather import Rows
 from litrt.plan import Plan
 from litrt.ranges import named_range
 from litrt.reader import Reader
-from litrt.store import TensorInfo
+from litrt.tensors import TensorInfo
 
 
 class Loader(Protocol):

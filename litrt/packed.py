@@ -19,7 +19,7 @@ from litrt.arrays import ALIGN_BYTES, MAX_BLOCK_BYTES
 from litrt.crc import CRC_BYTES, Bytes, extend_crc
 from litrt.directio import Files, StoppedError, fill, size_of
 from litrt.layout import align_up
-from litrt.store import TensorInfo
+from litrt.tensors import TensorInfo
 
 HEADER_BYTES = 16
 """What a Blosc buffer begins with, and the most by which it is larger than what is in it."""

@@ -23,7 +23,7 @@ from litrt.gather import Batch, Rows, batches, copy_rows
 from litrt.layout import align_up
 from litrt.loader import Loader
 from litrt.plan import Plan
-from litrt.store import TensorInfo
+from litrt.tensors import TensorInfo
 from litrt.trace import Segment
 
 _BATCH_BYTES = 8 << 20

@@ -37,7 +37,7 @@ from litrt.parts import Parts
 from litrt.plan import Plan
 from litrt.ranges import named_range
 from litrt.reads import ReadThreads
-from litrt.store import TensorInfo
+from litrt.tensors import TensorInfo
 from litrt.trace import Segment, Use
 from litrt.turns import Turns
 

@@ -31,7 +31,8 @@ from litrt.directio import Files, StoppedError, fill, is_on_page, size_of
 from litrt.errors import CorruptWeightError, StoreChangedError
 from litrt.links import link_out
 from litrt.packed import DamageError, PackedChunks
-from litrt.store import Store, TensorInfo
+from litrt.store import Store
+from litrt.tensors import TensorInfo
 
 DIRECT_MIN_BYTES = 256 << 10
 """Below this, a direct read costs more in latency than a buffered one does in copying."""

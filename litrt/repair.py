@@ -22,7 +22,8 @@ from litrt.errors import CorruptWeightError, StoreChangedError, StoreError
 from litrt.reader import Piece, Reader
 from litrt.source import KeyMap, Source, renamed
 from litrt.staging import sync
-from litrt.store import Store, TensorInfo, open_store
+from litrt.store import Store, open_store
+from litrt.tensors import TensorInfo
 from litrt.verify import check_piece, verify
 
 

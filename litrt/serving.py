@@ -17,7 +17,8 @@ from litrt.loader import StoreLoader
 from litrt.pipeline import Pipeline
 from litrt.reader import Reader
 from litrt.skeleton import Slot, tables
-from litrt.store import Store, TensorInfo
+from litrt.store import Store
+from litrt.tensors import TensorInfo
 from litrt.tune import LOCAL, Tuning, tune
 
 _WARMUP_SHARE = 0.5

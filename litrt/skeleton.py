@@ -15,7 +15,8 @@ from litrt.device import Device
 from litrt.errors import LitrtError, SkeletonError
 from litrt.placeholder import Placeholder
 from litrt.rows import Source
-from litrt.store import Store, TensorInfo
+from litrt.store import Store
+from litrt.tensors import TensorInfo
 from litrt.wrappers import is_wrapper, parts
 
 _MAX_NAMES = 10

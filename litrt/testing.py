@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten
 
 from litrt.device import Bytes, CpuDevice, Event
-from litrt.store import TensorInfo
+from litrt.tensors import TensorInfo
 
 _COPIES = -1
 """The copy stream; the streams of callers are counted from 0."""

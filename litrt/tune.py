@@ -17,7 +17,7 @@ from litrt.device import Bytes, CpuDevice
 from litrt.errors import CorruptWeightError, StalledReadError
 from litrt.patience import READ_TIMEOUT_S, stalled
 from litrt.reader import Piece, Reader
-from litrt.store import TensorInfo
+from litrt.tensors import TensorInfo
 
 _LEAST_BYTES = 256 << 20
 """Stores that are smaller are read in less time than it takes to measure them well."""

@@ -24,7 +24,8 @@ from litrt.bounded import bounded
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.reader import Reader
 from litrt.source import Source, numpy_dtype, numpy_tensor
-from litrt.store import LARGE_BYTES, MOST_RATIO, open_store, read_json
+from litrt.store import open_store
+from litrt.tensors import LARGE_BYTES, MOST_RATIO
 
 _ZARR_FORMATS: dict[str, Literal[2, 3]] = {".zarray": 2, "zarr.json": 3}
 
@@ -118,7 +119,7 @@ class _Folder:
 
     def json(self, key: str) -> dict[str, Any] | None:
         """Returns a file of metadata, or None where there is none."""
-        return read_json(self._path / key)
+        return documents.read(self._path / key)
 
     def n_bytes(self) -> dict[str, int]:
         """Returns the bytes of each file, by its key.

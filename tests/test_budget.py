@@ -21,7 +21,7 @@ from litrt.arena import Arena, Block
 from litrt.budget import CACHE_LINE_BYTES, PAGE_BYTES, settle
 from litrt.memory import available_bytes
 from litrt.reader import Reader
-from litrt.store import TensorInfo
+from litrt.tensors import TensorInfo
 
 LARGE = 300_000  # on a page
 SMALL = 1_000  # on a cache line

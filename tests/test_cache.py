@@ -10,7 +10,7 @@ from litrt.arena import Arena
 from litrt.cache import Cache, State
 from litrt.device import CpuDevice
 from litrt.layout import align_up
-from litrt.store import TensorInfo
+from litrt.tensors import TensorInfo
 from litrt.trace import Segment
 
 N_BYTES = 128

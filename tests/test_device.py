@@ -27,7 +27,7 @@ from litrt.cache import Cache
 from litrt.device import CpuDevice
 from litrt.pipeline import Pipeline
 from litrt.placeholder import Placeholder
-from litrt.store import TensorInfo
+from litrt.tensors import TensorInfo
 from litrt.testing import FakeDevice, Mutation, OrderError
 
 WIDTH = 64

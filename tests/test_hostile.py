@@ -443,7 +443,7 @@ def test_a_large_remote_tensor_is_asked_for_once(made: Path, monkeypatch: pytest
     memory._store_dict.update({key: CpuBuffer.from_bytes(file.read_bytes()) for key, file in copied.items()})
     remote = _Counting(memory)
     remote.asked.clear()
-    monkeypatch.setattr("litrt.store.LARGE_BYTES", 100_000)
+    monkeypatch.setattr("litrt.tensors.LARGE_BYTES", 100_000)
     open_store(remote).close()
     assert remote.asked == ["w/c/0/0"]
     del memory._store_dict["w/c/0/0"]
@@ -564,7 +564,7 @@ def test_weights_that_are_not_there_are_looked_for_in_vain_only_so_often(
         n_looked += 1
         return json.loads(file.read_text()) if file.is_file() else None
 
-    monkeypatch.setattr("litrt.store.read_json", read)
+    monkeypatch.setattr("litrt.documents.read", read)
     with pytest.raises(litrt.StoreError, match="at least 1001 of 5002 weights are missing"):
         open_store(store)
     assert n_looked == 1001
@@ -572,7 +572,7 @@ def test_weights_that_are_not_there_are_looked_for_in_vain_only_so_often(
 
 def test_zeros_that_are_compressed_are_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No ratio is so good that a store of litrt's own is refused."""
-    monkeypatch.setattr("litrt.store.LARGE_BYTES", 1 << 20)
+    monkeypatch.setattr("litrt.tensors.LARGE_BYTES", 1 << 20)
     store = convert(
         {"w": torch.zeros(12 << 20, dtype=torch.uint8)}, tmp_path / "s.zarr", compress="zstd", progress=False
     )

@@ -42,6 +42,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "bounded",
         "zips",
         "links",
+        "tensors",
         "checked",
         "store",
         "directio",
