@@ -24,6 +24,8 @@ from numcodecs.abc import Codec as Numcodec
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import ShardingCodec
 
+from litrt.crc import Bytes
+
 _HARMLESS = frozenset(
     {"bytes", "crc32c", "transpose", "crc32", "adler32", "fletcher32", "jenkins_lookup3", "shuffle", "delta"}
     | {"fixedscaleoffset", "bitround", "quantize", "astype"}
@@ -85,7 +87,9 @@ class _Bounded(BytesBytesCodec):
 
     def _decode_sync(self, chunk_data: Any, chunk_spec: Any) -> Any:
         n_bytes = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize
-        return chunk_spec.prototype.buffer.from_bytes(decode(self.name, chunk_data.to_bytes(), n_bytes))
+        encoded = memoryview(np.ascontiguousarray(chunk_data.as_numpy_array()).view(np.uint8).data)
+        decoded = np.frombuffer(decode(self.name, encoded, n_bytes), dtype=np.uint8)
+        return chunk_spec.prototype.buffer.from_array_like(decoded)
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: Any) -> int:
         raise NotImplementedError
@@ -104,10 +108,10 @@ class _OldBounded(Numcodec):  # type: ignore[misc]
         raise NotImplementedError
 
     def decode(self, buf: Any, out: Any = None) -> Any:
-        return decode(self._name, bytes(buf), self._n_bytes)
+        return decode(self._name, memoryview(buf).cast("B"), self._n_bytes)
 
 
-def decode(name: str, encoded: bytes, n_bytes: int) -> bytes:
+def decode(name: str, encoded: memoryview, n_bytes: int) -> bytes | Bytes:
     """Returns what a compressor has made a buffer of, where that is a chunk of `n_bytes` and little more.
 
     Raises:
@@ -123,15 +127,17 @@ def _check(claimed: int, n_bytes: int) -> int:
     return claimed
 
 
-def _zstd(encoded: bytes, n_bytes: int) -> bytes:
+def _zstd(encoded: memoryview, n_bytes: int) -> Bytes:
     claimed = _zstd_bytes(encoded)
     dest = np.empty(n_bytes if claimed is None else _check(claimed, n_bytes), dtype=np.uint8)
-    return bytes(zstd.decompress(encoded, dest)) if len(dest) else b""
+    if len(dest):
+        zstd.decompress(encoded, dest)
+    return dest
 
 
-def _zstd_bytes(encoded: bytes) -> int | None:
+def _zstd_bytes(encoded: memoryview) -> int | None:
     """Returns how many bytes a Zstandard frame says that it holds (RFC 8878, 3.1.1.1), or None where it does not."""
-    if len(encoded) < 6 or encoded[:4] != b"\x28\xb5\x2f\xfd":
+    if len(encoded) < 6 or bytes(encoded[:4]) != b"\x28\xb5\x2f\xfd":
         raise ValueError("it is no Zstandard frame")
     descriptor = encoded[4]
     is_single, n_dictionary = descriptor >> 5 & 1, (0, 1, 2, 4)[descriptor & 3]
@@ -141,28 +147,30 @@ def _zstd_bytes(encoded: bytes) -> int | None:
     return size + 256 * (n_size == 2) if n_size else None
 
 
-def _blosc(encoded: bytes, n_bytes: int) -> bytes:
+def _blosc(encoded: memoryview, n_bytes: int) -> bytes:
     if len(encoded) < 16 or int.from_bytes(encoded[12:16], "little") != len(encoded):
         raise ValueError("it is no whole Blosc buffer")
     _check(int.from_bytes(encoded[4:8], "little"), n_bytes)
     _check(int.from_bytes(encoded[8:12], "little"), n_bytes)  # of a block, of which it takes several
-    return bytes(blosc.decompress(encoded))
+    found: bytes = blosc.decompress(encoded)
+    return found
 
 
-def _lz4(encoded: bytes, n_bytes: int) -> bytes:
+def _lz4(encoded: memoryview, n_bytes: int) -> bytes:
     _check(int.from_bytes(encoded[:4], "little"), n_bytes)
-    return bytes(lz4.decompress(encoded))
+    found: bytes = lz4.decompress(encoded)
+    return found
 
 
-def _gzip(encoded: bytes, n_bytes: int) -> bytes:
+def _gzip(encoded: memoryview, n_bytes: int) -> bytes:
     return _whole(gzip.GzipFile(fileobj=io.BytesIO(encoded)).read(n_bytes + _SLACK_BYTES + 1), n_bytes)
 
 
-def _zlib(encoded: bytes, n_bytes: int) -> bytes:
+def _zlib(encoded: memoryview, n_bytes: int) -> bytes:
     return _whole(zlib.decompressobj().decompress(encoded, n_bytes + _SLACK_BYTES + 1), n_bytes)
 
 
-def _bz2(encoded: bytes, n_bytes: int) -> bytes:
+def _bz2(encoded: memoryview, n_bytes: int) -> bytes:
     return _whole(bz2.BZ2Decompressor().decompress(encoded, n_bytes + _SLACK_BYTES + 1), n_bytes)
 
 
@@ -171,7 +179,7 @@ def _whole(decoded: bytes, n_bytes: int) -> bytes:
     return decoded
 
 
-_DECODERS: dict[str, Callable[[bytes, int], bytes]] = {
+_DECODERS: dict[str, Callable[[memoryview, int], bytes | Bytes]] = {
     "blosc": _blosc,
     "bz2": _bz2,
     "gzip": _gzip,
