@@ -34,7 +34,8 @@ def verify(
 
     Returns:
         An error for everything that is missing, short, unreadable or not what its checksums say, in the order of the
-        store. Each has the name of the weight and the file: `error.name`, `error.file`.
+        store, but for weights that are reached through a link out of the store, which come first. Each has the name of
+        the weight and the file: `error.name`, `error.file`.
 
     Raises:
         StoreError: If there is no store, or what says what is in it is damaged.
