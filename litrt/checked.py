@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping
 
 from zarr.abc.buffer import Buffer, BufferPrototype
-from zarr.abc.store import ByteRequest
+from zarr.abc.store import ByteRequest, RangeByteRequest
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore, MemoryStore, WrapperStore, ZipStore
 
@@ -47,6 +47,7 @@ class CheckedStore(WrapperStore[ZarrStore]):
         owned: Whether to close it.
         limits: The most bytes that a chunk may have that is stored, by the path of its array.
         sizes: Those of everything in it, where they are known.
+        is_sparse: Whether it is none of litrt's, so that a chunk that is missing has the fill value.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class CheckedStore(WrapperStore[ZarrStore]):
         owned: bool = False,
         limits: Mapping[str, int] | None = None,
         sizes: Mapping[str, int] | None = None,
+        is_sparse: bool = False,
     ) -> None:
         super().__init__(store)
         self._owned = owned
         self._limits = {} if limits is None else limits
         self._sizes = sizes
+        self._is_sparse = is_sparse
         self._is_remote = not isinstance(store, LocalStore | MemoryStore | ZipStore)
         self._requests: set[tuple[asyncio.AbstractEventLoop, asyncio.Task[Buffer | None]]] = set()
 
@@ -74,11 +77,16 @@ class CheckedStore(WrapperStore[ZarrStore]):
         """
         is_metadata = key.rpartition("/")[2] in METADATA
         most = documents.MOST_BYTES if is_metadata else self._most_bytes(key)
-        if most is not None and (size := await self._size(key)) > most:
+        size = await self._size(key)
+        if most is not None and size > most:
             raise ValueError(f"{key} has {size} bytes, and may have {most}")
+        # The index of a shard may ask for any range, for which there would be memory first.
+        asked = byte_range.end - byte_range.start if isinstance(byte_range, RangeByteRequest) else 0
+        if asked > (size or most or asked):
+            raise ValueError(f"{asked} bytes of {key} are asked for, which has {size or 'fewer'}")
         value = await (self._ask if self._is_remote else super().get)(key, prototype, byte_range)
         if not is_metadata:
-            if value is None:
+            if value is None and not self._is_sparse:
                 raise MissingChunkError(key)
         elif value is not None and len(value) > documents.MOST_VALUES:
             documents.check_values(value.to_bytes())
@@ -86,7 +94,7 @@ class CheckedStore(WrapperStore[ZarrStore]):
 
     def _with_store(self, store: ZarrStore) -> CheckedStore:
         """Returns what zarr-python uses in its place where the store can be written to, and is opened for reading."""
-        return CheckedStore(store, owned=self._owned, limits=self._limits, sizes=self._sizes)
+        return CheckedStore(store, owned=self._owned, limits=self._limits, sizes=self._sizes, is_sparse=self._is_sparse)
 
     def _most_bytes(self, key: str) -> int | None:
         while key:

@@ -68,10 +68,10 @@ class Runtime:
         host_budget: On CUDA, the most bytes of page-locked host memory for what streams to the device: `"auto"` for
             half of what is available, `0` for no more than copies need. What is resident on the device has no copy
             in it. Of no use on the CPU.
-        read_timeout_s: Seconds to wait for a read before it is taken to have stalled, which is a StalledReadError; more
-            where reads take longer than a fourth of that. None waits for ever.
         dtype: Serve floating weights in this dtype, whatever the store has: stored bytes are moved, and cast where
             they are used. Buffers that the constructor makes stay as they are.
+        read_timeout_s: Seconds to wait for a read before it is taken to have stalled, which is a StalledReadError; more
+            where reads take longer than a fourth of that. None waits for ever.
 
     Attributes:
         module: The model. Call it, its children, or any method of theirs: `rt.module.generate(...)`.

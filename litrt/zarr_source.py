@@ -21,6 +21,7 @@ from zarr.storage import LocalStore, ZipStore
 from litrt import documents
 from litrt.arrays import are_counts, litrt_attributes
 from litrt.bounded import bounded
+from litrt.checked import CheckedStore
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.reader import Reader
 from litrt.source import Source, numpy_dtype, numpy_tensor
@@ -57,7 +58,8 @@ def open_zarr(path: Path, stack: contextlib.ExitStack) -> Source:
         raise StoreError(f"{path} is a Zarr group in which there is no array: pass the one that has the weights.")
     names = _names(path, arrays)
     n_array_bytes = _bytes_of_arrays(arrays, n_bytes)
-    store: ZarrStore = ZipStore(path, mode="r") if path.is_file() else LocalStore(path, read_only=True)
+    plain: ZarrStore = ZipStore(path, mode="r") if path.is_file() else LocalStore(path, read_only=True)
+    store = CheckedStore(plain, owned=True, sizes=n_bytes, is_sparse=True)
     stack.callback(store.close)
     opened: dict[str, zarr.Array[Any]] = {}
     sizes: dict[str, tuple[int, torch.dtype]] = {}

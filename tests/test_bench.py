@@ -444,7 +444,7 @@ def test_the_overhead_benchmark_counts_the_calls_that_stream(tmp_path: Path) -> 
     from bench import overhead
 
     found = overhead.measure(12, 16, "50%", 2, tmp_path, profile=False)
-    assert 0 < found["n_streamed_calls"] < 12
+    assert 0 < found["n_streamed_calls"] <= 12
     assert len(found["pass_s"]) == len(found["plain_s"]) == len(found["stall_s"]) == 2
     assert overhead.measure(3, 16, "100%", 1, tmp_path, profile=False)["n_streamed_calls"] == 0
     assert f"{found['n_streamed_calls']} streamed calls" in overhead.line(found)

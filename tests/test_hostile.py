@@ -335,6 +335,32 @@ def test_a_chunk_that_is_too_large_is_not_read(name: str, foreign: tuple[Path, A
     assert "has 1048576 bytes, and may have 65" in refusal(path, name)
 
 
+def asking(shard: bytes, nbytes: int) -> bytes:
+    """Returns a shard whose index gives its first chunk so many bytes."""
+    index = bytearray(shard[-(2 * 16 + 4) :])  # of two chunks
+    index[8:16] = nbytes.to_bytes(8, "little")
+    return shard[: -len(index)] + sealed(bytes(index))
+
+
+@pytest.mark.parametrize("is_source", [False, True])
+def test_a_shard_that_asks_for_memory_is_damaged(is_source: bool, foreign: tuple[Path, Any], tmp_path: Path) -> None:
+    path, put = foreign
+    shard = (tmp_path / "f.zarr" / "shards" / "c" / "0" / "0").read_bytes()
+    if is_source:
+        group = json.loads((tmp_path / "f.zarr" / "zarr.json").read_text())
+        put("zarr.json", json.dumps({**group, "attributes": {}}).encode())
+    for nbytes in (len(shard) + 1, 1 << 40, (1 << 64) - 2):
+        put("shards/c/0/0", asking(shard, nbytes))
+        if is_source:  # which is read shard by shard
+            with (
+                open_source(path) as source,
+                pytest.raises(litrt.CorruptWeightError, match="'shards' cannot be decoded"),
+            ):
+                source.fetch("shards")
+        else:
+            assert f"{nbytes} bytes of shards/c/0/0 are asked for, which has {len(shard)}" in refusal(path, "shards")
+
+
 def test_metadata_that_is_too_large_is_not_read(foreign: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     path, put = foreign
     monkeypatch.setattr("litrt.documents.MOST_BYTES", 10_000)

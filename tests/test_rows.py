@@ -323,7 +323,7 @@ def test_checksums_of_blocks_that_do_not_fit_are_an_error(
 ) -> None:
     shutil.copytree(path, tmp_path / "copy.zarr")
     attributes(tmp_path / "copy.zarr", change)
-    with pytest.raises(litrt.StoreError, match=f"'table' are damaged.*({what})"):
+    with pytest.raises(litrt.StoreError, match=f"'table' says of its checksums is damaged.*({what})"):
         litrt.open_store(tmp_path / "copy.zarr")
 
 
@@ -392,7 +392,7 @@ def test_a_plan_keeps_room_for_a_part_where_there_are_no_tables(
                 counts = rt.stats().since(before)
                 assert counts.n_faults == 0
                 # The rows of the pass before are there still, if nothing else took their room.
-                assert rt.plan.gathered_bytes > 0
+                assert rt.plan.gathered_bytes > 0 or budget != "min", "with more, it may be as fast to have all"
                 assert counts.read_bytes - counts.gathered_bytes == rt.plan.streamed_bytes - rt.plan.gathered_bytes
             stats = rt.stats()
             assert stats.peak_bytes <= stats.budget_bytes

@@ -84,6 +84,7 @@ def test_the_signature_is_the_documented_one(path: Path) -> None:
         "strict": False,
         "host_budget": "auto",
         "dtype": None,
+        "read_timeout_s": 8.0,
     }
     positional = [name for name, parameter in parameters.items() if parameter.kind == parameter.POSITIONAL_OR_KEYWORD]
     assert positional == ["model_ctor", "store", "budget", "device"]
