@@ -135,7 +135,7 @@ def main(argv: list[str]) -> int:
     if arguments.out is not None:
         report = {
             "machine": described(),
-            "soak": asdict(job),
+            "soak": {name: value for name, value in asdict(job).items() if name != "data"},
             "limit_bytes": limit_bytes,
             "faults": found,
             "growth": summary,
