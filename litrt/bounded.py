@@ -13,7 +13,7 @@ import gzip
 import io
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,9 @@ _HARMLESS = frozenset(
     | {"fixedscaleoffset", "bitround", "quantize", "astype"}
 )
 """Codecs whose output has about the size of their input."""
+
+_SAME_SIZE = _HARMLESS - {"fixedscaleoffset", "bitround", "quantize", "astype"}
+"""Those of them whose output is no smaller than what it stands for."""
 
 _SLACK_BYTES = 64 << 10
 """What a buffer may hold beside the values of a chunk, such as checksums below it."""
@@ -53,6 +56,27 @@ def bounded(array: zarr.Array[Any]) -> zarr.Array[Any]:
     return zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=array.store_path))
 
 
+def is_compressed(array: zarr.Array[Any]) -> bool:
+    """Says whether an array may take less room where it is stored than its values do."""
+    metadata: Any = array.metadata
+    if metadata.zarr_format == 3:
+        return not all(name in _SAME_SIZE for name in _names(metadata.codecs))
+    old = [*(metadata.filters or ()), *([metadata.compressor] if metadata.compressor else [])]
+    return not all(codec.codec_id in _SAME_SIZE for codec in old)
+
+
+def _names(codecs: Iterable[Any]) -> Iterator[str]:
+    for codec in codecs:
+        if isinstance(codec, ShardingCodec):
+            yield from _names(codec.codecs)
+        else:
+            yield _name(codec)
+
+
+def _name(codec: Any) -> str:
+    return str(codec.to_dict()["name"]).removeprefix("numcodecs.")
+
+
 def _codec(codec: Any) -> Any:
     if isinstance(codec, ShardingCodec):
         return ShardingCodec(
@@ -61,7 +85,7 @@ def _codec(codec: Any) -> Any:
             index_codecs=codec.index_codecs,  # zarr-python takes only those of a fixed size
             index_location=codec.index_location,
         )
-    name = str(codec.to_dict()["name"]).removeprefix("numcodecs.")
+    name = _name(codec)
     return _Bounded(name) if name in _DECODERS else _harmless(codec, name)
 
 

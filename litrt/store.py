@@ -183,6 +183,7 @@ def _open_local(label: str, root: Path) -> Store:
         if array is None:
             return None
         found = info_of_files(name, node, array)
+        through_zarr: Any = None
         if found is None:
             with refusing(f"{root / node / 'zarr.json'}"):
                 for parent, folders, files in os.walk(root / node):
@@ -190,9 +191,10 @@ def _open_local(label: str, root: Path) -> Store:
                         check_inside(os.path.join(parent, inner))
                 if not group:
                     group.append(open_group())
-                found = info_of_array(label, name, group[0][node], limits)
+                through_zarr = group[0][node]
+                found = info_of_array(label, name, through_zarr, limits)
         if found.is_large:
-            check_is_there(label, found, *size_of_chunks(root / found.path), found.direct)
+            check_is_there(label, found, *size_of_chunks(root / found.path), through_zarr)
         return found
 
     return _make_store(label, document.get("attributes", {}), info, open_group, root=str(root))

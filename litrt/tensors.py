@@ -22,7 +22,7 @@ from litrt.arrays import (
     torch_dtype,
 )
 from litrt.blocks import Blocks, Sums, blocks_of, sums_of_chunks
-from litrt.bounded import bounded
+from litrt.bounded import bounded, is_compressed
 from litrt.errors import StoreError
 
 LARGE_BYTES = 64 << 20
@@ -130,11 +130,24 @@ def refusing(what: str, *, is_file: bool = True) -> Iterator[None]:
         raise StoreError(f"{what} is damaged: {reason[:200]}. Run litrt convert again.") from error
 
 
-def check_is_there(label: str, info: TensorInfo, n_files: int, n_bytes: int, is_plain: bool) -> None:
-    """Raises an error where a large tensor cannot be there: memory for it may be taken before its chunks are read."""
+def check_is_there(label: str, info: TensorInfo, n_files: int, n_bytes: int, array: zarr.Array[Any] | None) -> None:
+    """Raises an error where a large tensor cannot be there: memory for it may be taken before its chunks are read.
+
+    Args:
+        label: The store.
+        info: The tensor.
+        n_files: How many files its chunks have, or members of a zip file.
+        n_bytes: The bytes of these.
+        array: Its array, where zarr-python reads it.
+    """
+    n_stored, is_plain = info.n_chunks, info.direct
+    if array is not None:
+        is_plain = not is_compressed(array)
+        steps = array.shards or array.chunks
+        n_stored = math.prod(-(-extent // max(step, 1)) for extent, step in zip(array.shape, steps, strict=True))
     if n_bytes < info.nbytes // (2 if is_plain else MOST_RATIO):
         shortfall = f"has {info.nbytes} bytes and its files {n_bytes}"
-    elif (n_files if is_plain or info.packed else n_bytes) < info.n_chunks // 2:
+    elif n_files < n_stored // 2 or n_bytes < info.n_chunks // 2:
         shortfall = f"has {info.n_chunks} chunks and {n_files} files of {n_bytes} bytes"
     else:
         return
@@ -149,8 +162,7 @@ def check_array(label: str, info: TensorInfo, array: Any, sizes: Mapping[str, in
     if sizes is not None:
         of_array = (item for item in sizes.items() if item[0].startswith(f"{info.path}/"))
         found = [size for key, size in of_array if key.rpartition("/")[2] not in METADATA]
-        files = chunk_files(array.metadata.to_dict())
-        check_is_there(label, info, len(found), sum(found), files is not None and not files.packed)
+        check_is_there(label, info, len(found), sum(found), array)
         return
     last = tuple((extent - 1) // step for extent, step in zip(array.shape, array.shards or array.chunks, strict=True))
     key = f"{array.path}/{array.metadata.encode_chunk_key(last)}"

@@ -533,6 +533,23 @@ def test_links_within_a_store_are_followed(store: Path) -> None:
     assert verify(store, progress=False) == []
 
 
+@pytest.mark.parametrize("is_zip", [False, True])
+def test_a_tensor_without_compression_has_its_bytes_also_where_zarr_python_reads_it(
+    is_zip: bool, store: Path, tmp_path: Path
+) -> None:
+    file = store / "w" / "zarr.json"
+    rewrite(file, ("codecs", 0), {"name": "bytes", "configuration": {"endian": "big"}})
+    rewrite(file, ("attributes", "litrt", "chunks"), None)
+    for shape, said in (([1 << 24, 50], r"'w' has 3355443200 bytes and its files \d+"), ([700, 50], "")):
+        rewrite(file, ("shape",), shape)
+        path = shutil.make_archive(str(tmp_path / "s"), "zip", store) if is_zip else store
+        if said:
+            with pytest.raises(litrt.StoreError, match=said):
+                open_store(path)
+        else:
+            assert open_store(path)["w"].shape == (700, 50)
+
+
 # Metadata of many values.
 
 
