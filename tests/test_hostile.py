@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import resource
 import shutil
 import struct
@@ -357,8 +358,9 @@ def test_a_shard_that_asks_for_memory_is_damaged(is_source: bool, foreign: tuple
                 pytest.raises(litrt.CorruptWeightError, match="'shards' cannot be decoded"),
             ):
                 source.fetch("shards")
-        else:
-            assert f"{nbytes} bytes of shards/c/0/0 are asked for, which has {len(shard)}" in refusal(path, "shards")
+        else:  # which some versions of zarr-python do as well
+            said = f"{nbytes} bytes of shards/c/0/0 are asked for, which has {len(shard)}"
+            assert re.search(f"{said}|shards cannot be decoded", refusal(path, "shards"))
 
 
 def test_metadata_that_is_too_large_is_not_read(foreign: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
