@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import time
 from pathlib import Path
 from random import Random
@@ -74,26 +75,30 @@ def test_what_must_not_happen_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(TARGETS, "planted", Planted)
-    arguments = ["--targets", "planted", "--seconds", "60", "--timeout", "1", "--inputs", str(len(DEEDS))]
+    arguments = ["--targets", "planted", "--seconds", "60", "--timeout", "2", "--inputs", str(len(DEEDS))]
     arguments += ["--seed", str(SEED)]
     arguments += ["--json", str(tmp_path / "found.json"), "--failures", str(tmp_path / "kept")]
     assert fuzz.main(arguments) == 1
     printed = capfd.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())["targets"]["planted"]
-    failures = [(failure["kind"], failure["what"], failure["numbers"]) for failure in found["failures"]]
+    failures = [
+        # How much memory it is, beside what was asked for, is the machine's.
+        (failure["kind"], re.sub(r"up to \d+ MiB", "so much", failure["what"]), failure["numbers"])
+        for failure in found["failures"]
+    ]
     assert failures == [
         ("error", "outside of litrt: KeyError", [1, 11]),
         ("crash", "SIGSEGV", [2]),
-        ("hang", "more than 1.0 s", [4]),
+        ("hang", "more than 2.0 s", [4]),
         ("wrong", "values that were not stored were read", [5]),
-        ("memory", "up to 128 MiB of address space, up to 128 MiB of pages", [6]),
-        ("memory", "up to 512 MiB of address space, up to 4 MiB of pages", [7]),
+        ("memory", "so much of address space, so much of pages", [6]),
+        ("memory", "so much of address space, so much of pages", [7]),
         ("memory", "outside of litrt: MemoryError", [8]),
         ("crash", "exit 3", [9]),
     ]
     assert (found["n_inputs"], found["n_refused"], found["n_damaged"]) == (len(DEEDS), 1, 1)
     assert f"planted{len(DEEDS):>14} inputs" in printed
-    assert "planted:4 hang: more than 1.0 s" in printed
+    assert "planted:4 hang: more than 2.0 s" in printed
     assert (tmp_path / "kept" / f"planted-{SEED}-4" / "number").read_text() == "4"
 
 
