@@ -26,14 +26,13 @@ from zarr.codecs import ShardingCodec
 
 from litrt.crc import Bytes
 
-_HARMLESS = frozenset(
+_SAME_SIZE = frozenset(
     {"bytes", "crc32c", "transpose", "crc32", "adler32", "fletcher32", "jenkins_lookup3", "shuffle", "delta"}
-    | {"fixedscaleoffset", "bitround", "quantize", "astype"}
 )
-"""Codecs whose output has about the size of their input."""
+"""Codecs whose output is no smaller than what it stands for."""
 
-_SAME_SIZE = _HARMLESS - {"fixedscaleoffset", "bitround", "quantize", "astype"}
-"""Those of them whose output is no smaller than what it stands for."""
+_HARMLESS = _SAME_SIZE | {"fixedscaleoffset", "bitround", "quantize", "astype"}
+"""Those, and others whose output has about the size of their input."""
 
 _SLACK_BYTES = 64 << 10
 """What a buffer may hold beside the values of a chunk, such as checksums below it."""

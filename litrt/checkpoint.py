@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from litrt import documents
+from litrt.directio import forget
 from litrt.errors import StoreError
 from litrt.gguf_file import open_gguf
 from litrt.lit_folder import is_lit_folder, open_lit_folder
@@ -305,8 +306,8 @@ def _open_torch(path: Path) -> Source:
 
     def release(tensor: torch.Tensor) -> None:
         _forget_pages(tensor, mapped)
-        with open(path, "rb") as file, contextlib.suppress(OSError, AttributeError):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with open(path, "rb") as file:
+            forget(file.fileno())
 
     return Source(
         tuple(values),

@@ -65,11 +65,11 @@ class Files:
         try:
             return fill(fd, False, *args, **kwargs)
         finally:
-            _forget(fd)
+            forget(fd)
             os.close(fd)
 
 
-def _forget(fd: int) -> None:
+def forget(fd: int) -> None:
     """Drops a file from the page cache, which would hold every weight once more."""
     try:  # noqa: SIM105 (contextlib.suppress takes longer than the call)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from litrt.directio import forget
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.source import Source, merged, read_into, swap_bytes
 
@@ -112,8 +113,7 @@ def _open(path: Path, header: _Header, stack: contextlib.ExitStack) -> Source:
         return tensor.view(entry.dtype).reshape(entry.shape)
 
     def release(tensor: torch.Tensor) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        forget(fd)
 
     sizes = {name: (math.prod(entry.shape), entry.dtype) for name, entry in header.entries.items()}
     return Source(header.names, fetch, {}, sizes, release, (path,), header.unfit)

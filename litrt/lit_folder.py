@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from litrt import documents
 from litrt.arrays import are_counts
+from litrt.directio import forget
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.source import Source, numpy_dtype, read_into, swap_bytes
 
@@ -25,7 +26,7 @@ def is_lit_folder(path: Path) -> bool:
     if not (path / "meta.json").is_file():
         return False
     try:
-        told = json.loads((path / "meta.json").read_bytes())
+        told = documents.parse((path / "meta.json").read_bytes())
     except (ValueError, RecursionError):
         return False
     return isinstance(told, dict) and {"method", "model", "meta"} <= told.keys()
@@ -43,12 +44,12 @@ def open_lit_folder(index: Path, stack: contextlib.ExitStack) -> Source:
         CorruptWeightError: If the file of values is truncated.
     """
     try:
-        told = json.loads(index.read_bytes())
+        told = documents.parse(index.read_bytes())
         if told["method"] != _METHOD:
             raise StoreError(f"{index} has method {told['method']!r}, and litrt reads {_METHOD!r}.")
         meta = _beside(index, told["meta"])
         path = _beside(index, told["model"])
-        entries = json.loads(meta.read_bytes())
+        entries = documents.parse(meta.read_bytes())
         info = entries.pop(_NOT_A_WEIGHT)
         stored, size = np.dtype(str(info["type"])), info["size"]
         if not are_counts([size]):
@@ -81,8 +82,7 @@ def open_lit_folder(index: Path, stack: contextlib.ExitStack) -> Source:
         return tensor.view(dtype).reshape(shape)
 
     def release(tensor: torch.Tensor) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        forget(fd)
 
     sizes = {name: (end - begin, dtype) for name, (_, begin, end) in placed.items()}
     return Source(tuple(placed), fetch, {}, sizes, release, (index, meta, path))

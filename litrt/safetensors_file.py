@@ -13,6 +13,7 @@ import torch
 
 from litrt import documents
 from litrt.arrays import are_counts
+from litrt.directio import forget
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.source import Source, read_into
 
@@ -59,8 +60,7 @@ def open_safetensors(path: Path, stack: contextlib.ExitStack) -> Source:
         return tensor.view(dtype).reshape(shape)
 
     def release(tensor: torch.Tensor) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        forget(fd)
 
     sizes = {name: (math.prod(shape), dtype) for name, (dtype, shape, _, _) in entries.items()}
     return Source(tuple(entries), fetch, {}, sizes, release, (path,))

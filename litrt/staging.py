@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from litrt.arrays import bytes_of_chunks, node_name
+from litrt.directio import forget
 from litrt.errors import StoreError
 from litrt.units import format_bytes
 
@@ -184,8 +185,7 @@ def sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
-        with contextlib.suppress(OSError, AttributeError):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        forget(fd)
     finally:
         os.close(fd)
 

@@ -241,14 +241,15 @@ def _open_zarr(label: str, path: str | os.PathLike[str] | ZarrStore | StorePath)
                 return info
 
         # One request per array, and one more for a large one: together, because a remote store takes long to answer.
-        told = litrt_attributes(group.attrs.asdict()).get("tensors")
-        aliases = litrt_attributes(group.attrs.asdict()).get("aliases")
+        attributes = group.attrs.asdict()
+        header = litrt_attributes(attributes)
+        told, aliases = header.get("tensors"), header.get("aliases")
         others = aliases if isinstance(aliases, dict) else {}
         names = told if isinstance(told, list) and _are_strings(told) else []
         listed = [name for name in dict.fromkeys(names) if name not in others]
         with ThreadPoolExecutor(16) as pool:
             infos = dict(zip(listed, pool.map(fetch, listed), strict=True))
-        return _make_store(label, group.attrs.asdict(), infos.get, open_group, root=None)
+        return _make_store(label, attributes, infos.get, open_group, root=None)
     finally:
         group.store.close()
 
