@@ -9,6 +9,7 @@ happen before the range may be written to is remembered with it, and handed to t
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -64,6 +65,10 @@ class Arena:
             self._memory = self._allocate(limit_bytes)
         self._blocks: list[Block] = []  # sorted by offset, disjoint
         self._offsets: list[int] = []
+        # Holes, maximal ones: where each begins and where it ends. There are few of them even where there are many
+        # blocks. The last one goes on beyond the limit.
+        self._hole_starts = [0]
+        self._hole_ends = [sys.maxsize]
         self._busy: list[tuple[int, int, list[Event]]] = []  # ranges given back, and what they wait for
 
     @property
@@ -124,11 +129,10 @@ class Arena:
 
     def place(self, nbytes: int, size_bytes: int, align_bytes: int) -> Block | None:
         """Returns a block in the first hole that fits, or None."""
-        offset = 0
-        for block in self._blocks:
-            if offset + size_bytes <= block.offset:
+        for start, end in zip(self._hole_starts, self._hole_ends, strict=True):
+            offset = align_up(start, align_bytes)
+            if offset + size_bytes <= end:
                 break
-            offset = max(offset, align_up(block.end, align_bytes))
         if offset + size_bytes > self.limit_bytes:
             return None
         return self._add(Block(offset, size_bytes, nbytes))
@@ -142,13 +146,8 @@ class Arena:
     def in_the_way(self, offset: int, size_bytes: int) -> list[Block]:
         """Returns the blocks that overlap a range."""
         first = max(bisect_right(self._offsets, offset) - 1, 0)
-        found = []
-        for block in self._blocks[first:]:
-            if block.offset >= offset + size_bytes:
-                break
-            if block.end > offset:
-                found.append(block)
-        return found
+        after = bisect_left(self._offsets, offset + size_bytes)
+        return [block for block in self._blocks[first:after] if block.end > offset]
 
     def free(self, block: Block, events: Iterable[Event] = ()) -> None:
         """Gives the range of `block` back; it may be written to once `events` have happened."""
@@ -165,6 +164,7 @@ class Arena:
         index = bisect_left(self._offsets, block.offset)
         assert self._blocks[index] is block, "a block is freed once"
         del self._blocks[index], self._offsets[index]
+        self._open_hole(block.offset, block.end)
         self.held_bytes -= block.nbytes
 
     def drop(self) -> None:
@@ -178,10 +178,31 @@ class Arena:
         index = bisect_left(self._offsets, block.offset)
         self._blocks.insert(index, block)
         self._offsets.insert(index, block.offset)
+        self._fill_hole(block.offset, block.end)
         self.held_bytes += block.nbytes
         if self._busy:
             self._hand_over(block)
         return block
+
+    def _fill_hole(self, start: int, end: int) -> None:
+        """Takes a range out of the hole that it is in."""
+        at = bisect_right(self._hole_starts, start) - 1
+        hole_start, hole_end = self._hole_starts[at], self._hole_ends[at]
+        left = [(low, high) for low, high in ((hole_start, start), (end, hole_end)) if low < high]
+        self._hole_starts[at : at + 1] = [low for low, _ in left]
+        self._hole_ends[at : at + 1] = [high for _, high in left]
+
+    def _open_hole(self, start: int, end: int) -> None:
+        """Makes a range part of the holes beside it, or a new one."""
+        first = after = bisect_left(self._hole_starts, start)
+        if first and self._hole_ends[first - 1] == start:
+            first -= 1
+            start = self._hole_starts[first]
+        if self._hole_starts[after] == end:  # there is always a hole behind
+            end = self._hole_ends[after]
+            after += 1
+        self._hole_starts[first:after] = [start]
+        self._hole_ends[first:after] = [end]
 
     def _hand_over(self, block: Block) -> None:
         """Gives `block` what its range waits for; what it covers in full need not be remembered any more."""

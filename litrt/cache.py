@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -77,7 +77,6 @@ class Entry:
     n_waiting: int = 0  # operators that wait for their turn to make room for it
     n_pending: int = 0  # pieces not read yet
     held_until: int = 0  # planned: released when this many steps have ended; 0: kept until room is needed
-    last_use: int = 0
     error: BaseException | None = None
 
     @property
@@ -141,6 +140,8 @@ class Cache:
         self._device = device
         self.growable = growable
         self._wait = wait
+        self._owners: dict[Block, Entry] = {}
+        self._passing: OrderedDict[Entry, None] = OrderedDict()  # have a block, do not stay; longest unused first
         self._freed: deque[_Lease] = deque()
 
     # Tensors over blocks.
@@ -201,12 +202,33 @@ class Cache:
     def free(self, entry: Entry) -> None:
         """Gives the block of an entry back to the arena."""
         assert entry.block is not None
+        del self._owners[entry.block]
+        self._passing.pop(entry, None)
         # What was placed and never written to leaves what it would have waited for to the next one.
         self.arena.free(entry.block, [*entry.used, *(entry.block.waits if entry.copied is None else ())])
         entry.block = entry.tensor = entry.lease = entry.copied = None
         entry.used.clear()
         entry.state = State.ABSENT
         entry.n_pending = entry.held_until = 0
+
+    # Who stays, and who was used last.
+
+    def settle(self, entry: Entry) -> None:
+        """Makes a resident of an entry."""
+        entry.resident = True
+        self._passing.pop(entry, None)
+
+    def unsettle(self, entry: Entry) -> None:
+        """Makes a resident an entry like any other, used just now."""
+        if entry.resident:
+            entry.resident = False
+            if entry.block is not None:
+                self._passing[entry] = None
+
+    def used(self, entry: Entry) -> None:
+        """Says that an operator has used an entry, or that one will."""
+        if entry in self._passing:
+            self._passing.move_to_end(entry)
 
     # Room.
 
@@ -227,7 +249,7 @@ class Cache:
             if entry.block is None or not entry.is_loose:
                 continue
             if entry.block.offset == offset and entry.block.size_bytes == entry.segment.size_bytes:
-                entry.resident = True
+                self.settle(entry)
             elif self._device.is_host and entry.block.size_bytes and self._is_unseen(entry):
                 to_move.append(entry)
             else:
@@ -239,7 +261,10 @@ class Cache:
                 assert entry.block is not None
                 moved = self.arena.move(entry.block, offsets[entry], entry.segment.size_bytes)
                 if moved is not None:
-                    entry.block, entry.resident = moved, True
+                    del self._owners[entry.block]
+                    entry.block = moved
+                    self._owners[moved] = entry
+                    self.settle(entry)
                 else:
                     left.append(entry)
             if len(left) == len(to_move):
@@ -261,16 +286,15 @@ class Cache:
         segment = entry.segment
         if offset is not None:
             for block in self.arena.in_the_way(offset, segment.size_bytes):
-                other = next(other for other in self.entries if other.block is block)
-                if other.is_loose:
-                    self.let_go(other)
-            if self._taken(entry, self.arena.place_at(offset, segment.nbytes, segment.size_bytes)):
+                if self._owners[block].is_loose:
+                    self.let_go(self._owners[block])
+            if self.give(entry, self.arena.place_at(offset, segment.nbytes, segment.size_bytes)):
                 return True
-        while not self._taken(entry, self.arena.place(segment.nbytes, segment.size_bytes, segment.align_bytes)):
-            loose = [other for other in self.entries if other.is_loose]
-            if not loose:
+        while not self.give(entry, self.arena.place(segment.nbytes, segment.size_bytes, segment.align_bytes)):
+            loose = next((other for other in self._passing if other.is_loose), None)
+            if loose is None:
                 return False
-            self.let_go(min(loose, key=lambda other: other.last_use))
+            self.let_go(loose)
         return True
 
     def place_in_room(self, part: Entry, slot: Entry | None) -> bool:
@@ -282,9 +306,8 @@ class Cache:
             return False
         offset, end = self.room[0], sum(self.room)
         for block in self.arena.in_the_way(*self.room):
-            other = next(other for other in self.entries if other.block is block)
-            if other.is_loose:
-                self.let_go(other)
+            if self._owners[block].is_loose:
+                self.let_go(self._owners[block])
         # An operator may use several parts at once.
         for block in self.arena.in_the_way(*self.room):
             if offset + part.segment.size_bytes <= block.offset:
@@ -292,7 +315,7 @@ class Cache:
             offset = max(offset, align_up(block.end, part.segment.align_bytes))
         if offset + part.segment.size_bytes > end:
             return False
-        return self._taken(part, self.arena.place_at(offset, part.segment.nbytes, part.segment.size_bytes))
+        return self.give(part, self.arena.place_at(offset, part.segment.nbytes, part.segment.size_bytes))
 
     def place_now(self, absent: Sequence[Entry], together: Sequence[Entry], *, again: bool = True) -> list[Entry]:
         """Gives `absent` blocks at any cost, and returns them all.
@@ -336,15 +359,15 @@ class Cache:
         segment = entry.segment
         collected = is_last = False
         while entry.state is State.ABSENT:
-            if self._taken(entry, self.arena.place(segment.nbytes, segment.size_bytes, segment.align_bytes)):
+            if self.give(entry, self.arena.place(segment.nbytes, segment.size_bytes, segment.align_bytes)):
                 return True
             if self._evict_one():
                 continue
-            if any(other.state is State.READING and not other.n_pins for other in self.entries):
+            if any(other.state is State.READING and not other.n_pins for other in self._passing):
                 self._wait()  # for this one too it may be, fetched by another thread
             elif self.is_crowded():
                 raise Crowded
-            elif not collected and any(other.state is State.HELD for other in self.entries):
+            elif not collected and any(other.state is State.HELD for other in self._owners.values()):
                 # Tensors over released blocks may be waiting for the cycle collector.
                 collected = True
                 gc.collect()
@@ -358,10 +381,14 @@ class Cache:
                 self._evict_held()
         return False
 
-    def _taken(self, entry: Entry, block: Block | None) -> bool:
+    def give(self, entry: Entry, block: Block | None) -> bool:
+        """Gives an entry a block that the arena has placed for it; says whether it has."""
         if block is None:
             return False
         entry.block = block
+        self._owners[block] = entry
+        if not entry.resident:
+            self._passing[entry] = None
         self.peak_bytes = max(self.peak_bytes, self.arena.held_bytes + self.scratch_bytes)
         return True
 
@@ -369,23 +396,29 @@ class Cache:
         """Gives `entry` a block at `offset`, or anywhere, at any cost; says whether nobody else has meanwhile."""
         segment = entry.segment
         at_offset = self.arena.place_at(offset, segment.nbytes, segment.size_bytes)
-        return self._taken(entry, at_offset) or self._make_room(entry)
+        return self.give(entry, at_offset) or self._make_room(entry)
 
     def _evict_one(self) -> bool:
         """Lets one unused streamed segment go: what no plan holds first, then what is needed last."""
-        free = [
-            entry for entry in self.entries if entry.state is State.READY and not entry.n_pins and not entry.resident
-        ]
-        if not free:
+        last: Entry | None = None
+        for entry in self._passing:
+            if entry.state is not State.READY or entry.n_pins:
+                continue
+            if not entry.held_until:
+                last = entry
+                break
+            if last is None or entry.held_until > last.held_until:
+                last = entry
+        if last is None:
             return False
-        self.let_go(min(free, key=lambda entry: (entry.held_until > 0, -entry.held_until, entry.last_use)))
+        self.let_go(last)
         return True
 
     def _evict_one_resident(self) -> bool:
         torch.clear_autocast_cache()  # which holds the plain weights that it has cast
         for index, entry in enumerate(self.entries):
             if entry.resident and entry.block and not entry.n_pins and self.evict_resident(index):
-                entry.resident = False
+                self.unsettle(entry)
                 self.let_go(entry)
                 return True
         return False
@@ -408,7 +441,7 @@ class Cache:
     def _refuse(self, segment: Segment) -> NoReturn:
         """Raises the error that says that `segment` does not fit."""
         arena = self.arena
-        held_bytes = sum(entry.block.size_bytes for entry in self.entries if entry.block is not None)
+        held_bytes = sum(block.size_bytes for block in self._owners)
         budget_bytes = arena.limit_bytes + self.scratch_bytes
         together_bytes = sum(
             entry.segment.size_bytes
@@ -427,3 +460,12 @@ class Cache:
             budget_bytes=budget_bytes,
             needed_bytes=needed_bytes,
         )
+
+    def drop(self) -> None:
+        """Forgets all that is there, and lets the arena go."""
+        for entry in self.entries:
+            entry.tensor = entry.block = entry.lease = None
+            entry.state = State.ABSENT
+        self._owners.clear()
+        self._passing.clear()
+        self.arena.drop()

@@ -89,4 +89,5 @@ class Follower:
                 return  # it failed, or something unplanned is in the way: the operator that needs it will see
             self._queue(entry, self._next_load)
         entry.held_until = held_until
+        self._cache.used(entry)
         heapq.heappush(self._expiring, (held_until, index))

@@ -118,7 +118,6 @@ class Pipeline:
         self._closed = False
         self._plan: Plan | None = None
         self._follower: Follower | None = None  # of the plan, if that is to be followed
-        self._clock = 0
         self._log = PassLog()
         self._ended_s: Any = 0.0
         self._counting = False
@@ -269,9 +268,8 @@ class Pipeline:
         """Says that the operator is done with what `acquire` gave it."""
         binding.tensors.clear()
         with self._lock:
-            self._clock += 1
             for entry in binding.entries:
-                entry.last_use = self._clock
+                self.cache.used(entry)
                 self._device.record_use(entry.used)
             self._turns.unpin(binding.entries)
             self._log.end(binding.access, self._device.mark())
@@ -384,8 +382,9 @@ class Pipeline:
             self.cache.room = None
             for index in self._slot:
                 self._entries[index].segment = plan.segments[index]
-                self._entries[index].resident = index in plan.resident
+                self.cache.unsettle(self._entries[index])
                 if index in plan.resident:
+                    self.cache.settle(self._entries[index])
                     # Not a block: parts take its place.
                     self.cache.room = plan.resident[index], plan.segments[index].size_bytes
                     new = [(entry, offset) for entry, offset in new if not entry.segment.is_slot]
@@ -400,13 +399,13 @@ class Pipeline:
                             self._queue_reads(entry, 0)
                     except Crowded:
                         self._wait_for_others()
-                entry.resident = True
+                self.cache.settle(entry)
             for entry, _ in new:
                 while entry.state is State.READING:
                     self._wait()
             failed = [entry for entry, _ in new if entry.state is not State.READY]
             for entry in failed:
-                entry.resident = False
+                self.cache.unsettle(entry)
             for entry in failed:
                 if (error := entry.take_error()) is not None:
                     raise error
@@ -435,7 +434,7 @@ class Pipeline:
             self.cache.room = None
             for index, segment in enumerate(self._segments):
                 self._entries[index].segment = segment  # the room for rows had the size that a plan gave it
-                self._entries[index].resident = False
+                self.cache.unsettle(self._entries[index])
 
     def keep(self, offsets: Mapping[int, int]) -> None:
         """Makes residents of what is there of segments that are to stay, moved to their offsets."""
@@ -675,7 +674,4 @@ class Pipeline:
             self._ready.notify_all()
         self._reads.close()
         with self._lock:
-            for entry in self._entries:
-                entry.tensor = entry.block = entry.lease = None
-                entry.state = State.ABSENT
-            self.cache.arena.drop()
+            self.cache.drop()

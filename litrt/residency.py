@@ -186,14 +186,16 @@ class _Search:
             return n_uses[index] * (1 + latency_bytes / max(self.sizes[index], 1))
 
         kept: set[int] = set()
+        kept_bytes = 0
         room_bytes = self.spare_bytes * _SMALL_SHARE
         for index in sorted(self.used, key=lambda index: (-worth(index), index)):
             if worth(index) < 2:
                 break
             # One that is used often, and large, may take all the room that the largest use leaves.
             limit = self.spare_bytes if n_uses[index] > 1 else room_bytes
-            if sum(self.sizes[other] for other in kept) + self.sizes[index] <= limit:
+            if kept_bytes + self.sizes[index] <= limit:
                 kept.add(index)
+                kept_bytes += self.sizes[index]
         return frozenset(kept)
 
     def rounded(self, kept: frozenset[int], targets: Array) -> frozenset[int]:

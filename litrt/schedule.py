@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Set
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from litrt.trace import Trace
 
@@ -114,10 +115,12 @@ def make_schedule(trace: Trace, streamed: Set[int], window_bytes: int, *, merge_
         return Schedule((), (), 0)
     size = [segment.size_bytes for segment in trace.segments]
 
+    step_bytes = [sum([size[index] for index in set(step.segments)]) for step in steps]
+    if max(step_bytes) > window_bytes:
+        return None
+
     # One interval per load: the steps from its first use to its last.
-    before = [0]
-    for step in steps:
-        before.append(before[-1] + sum(size[index] for index in step.segments))
+    before = [0, *accumulate(step_bytes)]
     intervals: list[list[int]] = []
     open_interval: dict[int, list[int]] = {}
     for number, step in enumerate(steps):
@@ -167,12 +170,13 @@ def make_schedule(trace: Trace, streamed: Set[int], window_bytes: int, *, merge_
 def best_schedule(trace: Trace, streamed: Set[int], window_bytes: int) -> Schedule | None:
     """Returns the fastest of a few schedules: they differ in how long a segment with several uses is kept."""
     apart = make_schedule(trace, streamed, window_bytes)
-    if apart is not None and len(apart.loads) <= len(streamed):
-        return apart  # each is loaded once
-    # Several segments kept at once can be too much together; kept for one use only, they fit wherever the uses do.
+    # Kept for one use only, they take the least: where that is too much, so is all else. Loaded once, they can be no
+    # better.
+    if apart is None or len(apart.loads) <= len(streamed):
+        return apart
     kept = [make_schedule(trace, streamed, window_bytes, merge_bytes=int(window_bytes * share)) for share in _KEPT]
     possible = [schedule for schedule in (apart, *kept) if schedule is not None]
-    return min(possible, key=lambda schedule: (pass_s(trace, schedule), schedule.streamed_bytes), default=None)
+    return min(possible, key=lambda schedule: (pass_s(trace, schedule), schedule.streamed_bytes))
 
 
 def step_by_step(trace: Trace, streamed: Set[int]) -> Schedule:

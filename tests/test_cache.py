@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from litrt.arena import Arena
-from litrt.cache import Cache, State
+from litrt.cache import Cache, Entry, State
 from litrt.device import CpuDevice
 from litrt.layout import align_up
 from litrt.tensors import TensorInfo
@@ -43,6 +43,56 @@ def test_what_another_thread_has_fetched_while_room_was_made_is_not_placed_again
     assert arena.held_bytes == 0
 
 
+ROOM = 8
+STEPS = st.lists(st.tuples(st.sampled_from(["use", "plan", "pin", "unpin", "settle", "unsettle"]), st.integers(0, 19)))
+
+
+@given(steps=STEPS)
+def test_room_is_made_at_the_cost_of_what_was_used_longest_ago_and_of_what_is_planned_last(
+    steps: list[tuple[str, int]],
+) -> None:
+    device = CpuDevice()
+    arena = Arena(device, ROOM * 64, ROOM * 64)
+    segments = [Segment(str(number), 64, 64, 64) for number in range(20)]
+    infos = [TensorInfo(str(number), (64,), torch.uint8, 64, str(number), 64, True) for number in range(20)]
+    cache = Cache(segments, infos, device, arena, scratch_bytes=0, growable=False, wait=lambda: None)
+    used: dict[Entry, int] = {}  # of what is there: when it was used last
+    for now, (step, number) in enumerate(steps):
+        entry = cache.entries[number]
+        if entry not in used:
+            loose = [other for other in used if other.is_loose]
+            free = [other for other in used if not (other.n_pins or other.resident)]
+            goes = None
+            if len(used) == ROOM:
+                if not free:
+                    continue
+                goes = min(loose, key=lambda other: used[other], default=None) or max(
+                    free, key=lambda other: (other.held_until, -used[other])
+                )
+                del used[goes]
+            assert cache.place_now([entry], [entry]) == [entry]
+            entry.state = State.READY
+            assert goes is None or goes.state is State.ABSENT
+            assert all(other.state is State.READY for other in used)
+            used[entry] = now
+        if step == "use":
+            cache.used(entry)
+        elif step == "plan":
+            entry.held_until = 1 + number // 4
+            cache.used(entry)
+        elif step == "pin":
+            entry.n_pins = 1
+        elif step == "unpin":
+            entry.n_pins = 0
+        elif step == "settle":
+            cache.settle(entry)
+        elif entry.resident:
+            cache.unsettle(entry)
+            used[entry] = now
+        if step in ("use", "plan"):
+            used[entry] = now
+
+
 SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=10)
 
 
@@ -67,7 +117,7 @@ def test_what_stays_is_moved_to_where_it_is_to_be_and_its_bytes_with_it(sizes: l
         size_bytes = align_up(sizes[number], aligns[0])
         if number in there:
             entry = cache.entries[number]
-            entry.block = arena.place_at(offset, sizes[number], size_bytes)
+            cache.give(entry, arena.place_at(offset, sizes[number], size_bytes))
             entry.state = State.READY
             cache.tensor(entry).fill_(number)
             if number in held:
