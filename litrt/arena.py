@@ -167,6 +167,35 @@ class Arena:
         self._open_hole(block.offset, block.end)
         self.held_bytes -= block.nbytes
 
+    def is_sound(self, blocks: Iterable[Block]) -> bool:
+        """Says whether `blocks` are all that there are, apart from each other, and the holes what is between them."""
+        blocks = sorted((block for block in blocks if block.size_bytes), key=lambda block: block.offset)
+        starts, ends = [0], []
+        for block in blocks:
+            if block.offset < starts[-1]:
+                return False
+            if block.offset == starts[-1]:
+                starts[-1] = block.end
+            else:
+                ends.append(block.offset)
+                starts.append(block.end)
+        ends.append(sys.maxsize)
+        return (
+            blocks == self._blocks
+            and [block.offset for block in blocks] == self._offsets
+            and (starts, ends) == (self._hole_starts, self._hole_ends)
+            and sum(block.nbytes for block in blocks) == self.held_bytes
+        )
+
+    def reset(self) -> None:
+        """Makes it an empty one with other memory: whoever sees the one before keeps what it sees."""
+        self._device.synchronize()
+        self._memory = None
+        self._blocks, self._offsets, self._busy = [], [], []
+        self._hole_starts, self._hole_ends = [0], [sys.maxsize]
+        self.held_bytes = 0
+        self._memory = self._allocate(self.capacity_bytes)
+
     def drop(self) -> None:
         """Lets the buffer go; its memory is given back when the last tensor over it is gone."""
         self._memory = None

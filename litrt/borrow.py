@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn, Self
@@ -214,6 +215,9 @@ def call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any
         if gradients.asked_for((args, kwargs), besides=Stored):
             return gradients.refused(result, borrowed.what(func))
         return result
+    except BaseException as error:
+        let_go_of_values(error)
+        raise
     finally:
         real_args = real_kwargs = None
         borrowed.give_back()
@@ -289,6 +293,9 @@ def call_directly(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
         borrowed.take(source, binding, zip(weights, values, strict=True), versions)
         borrowed.check_unwritten(func)
         return borrowed.without_aliases(result)
+    except BaseException as error:
+        let_go_of_values(error)
+        raise
     finally:
         loaded = None
         values.clear()
@@ -297,6 +304,14 @@ def call_directly(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
             source.release(binding)
         else:
             borrowed.give_back()
+
+
+def let_go_of_values(error: BaseException) -> None:
+    """Empties the frames of torch's functions that an operator has left with `error`.
+
+    Whoever keeps the error, to log it or to look at it, would keep what they had as arguments in the arena.
+    """
+    traceback.clear_frames(error.__traceback__)
 
 
 def _unwrapped(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ import torch
 
 from litrt.arena import Arena, Block
 from litrt.device import Device, Event, Memory
-from litrt.errors import BudgetError
+from litrt.errors import BudgetError, LitrtError
 from litrt.layout import align_up
 from litrt.tensors import TensorInfo
 from litrt.trace import Segment
@@ -78,6 +78,7 @@ class Entry:
     n_pending: int = 0  # pieces not read yet
     held_until: int = 0  # planned: released when this many steps have ended; 0: kept until room is needed
     error: BaseException | None = None
+    is_gone: bool = False  # there is another entry in its place
 
     @property
     def is_loose(self) -> bool:
@@ -103,6 +104,14 @@ class _Lease(weakref.ref[Memory]):
 
 class Crowded(Exception):
     """There is no room until another thread lets go of something."""
+
+
+def gone(entry: Entry) -> LitrtError:
+    """Returns what to raise where an entry is waited for that `Cache.reset` has replaced."""
+    return LitrtError(
+        f"{entry.segment.name!r} was given up while it was waited for: another thread was interrupted, and what it was "
+        "at had to be undone. Try again."
+    )
 
 
 class Cache:
@@ -359,12 +368,14 @@ class Cache:
         segment = entry.segment
         collected = is_last = False
         while entry.state is State.ABSENT:
+            if entry.is_gone:
+                raise gone(entry)
             if self.give(entry, self.arena.place(segment.nbytes, segment.size_bytes, segment.align_bytes)):
                 return True
             if self._evict_one():
                 continue
-            if any(other.state is State.READING and not other.n_pins for other in self._passing):
-                self._wait()  # for this one too it may be, fetched by another thread
+            if any(other.state is State.READING and not other.n_pins for other in self._owners.values()):
+                self._wait()  # what is to stay among them; for this one too it may be, fetched by another thread
             elif self.is_crowded():
                 raise Crowded
             elif not collected and any(other.state is State.HELD for other in self._owners.values()):
@@ -417,7 +428,7 @@ class Cache:
     def _evict_one_resident(self) -> bool:
         torch.clear_autocast_cache()  # which holds the plain weights that it has cast
         for index, entry in enumerate(self.entries):
-            if entry.resident and entry.block and not entry.n_pins and self.evict_resident(index):
+            if entry.resident and entry.state is State.READY and not entry.n_pins and self.evict_resident(index):
                 self.unsettle(entry)
                 self.let_go(entry)
                 return True
@@ -460,6 +471,35 @@ class Cache:
             budget_bytes=budget_bytes,
             needed_bytes=needed_bytes,
         )
+
+    # What an exception has broken off.
+
+    def is_sound(self) -> bool:
+        """Says whether all that is known of blocks agrees."""
+        there = {entry: entry.block for entry in self.entries if entry.block is not None}
+        return (
+            all((entry.state is State.ABSENT) == (entry.block is None) for entry in self.entries)
+            and len(self._owners) == len(there)
+            and all(self._owners.get(block) is entry for entry, block in there.items())
+            and self._passing.keys() == {entry for entry in there if not entry.resident}
+            and self.arena.is_sound(self._owners)
+        )
+
+    def forget(self, segments: Sequence[Segment]) -> None:
+        """Puts new entries, of which nothing is there, in the place of all; until `arena.reset`, nothing can be placed.
+
+        What others have of the old ones ends with an error where they wait for one.
+        """
+        old = [*self.entries]
+        self.entries[:] = [Entry(segment, entry.info) for segment, entry in zip(segments, old, strict=False)]
+        for entry in old:
+            entry.is_gone = True
+            entry.block = entry.tensor = entry.lease = entry.copied = None
+            entry.state = State.ABSENT
+        self._owners.clear()
+        self._passing.clear()
+        self._freed.clear()
+        self.room = None
 
     def drop(self) -> None:
         """Forgets all that is there, and lets the arena go."""

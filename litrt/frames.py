@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from litrt.borrow import Borrowed, no_autocast_cache
+from litrt.borrow import Borrowed, let_go_of_values, no_autocast_cache
 from litrt.errors import LitrtError
 from litrt.placeholder import Placeholder, Unseen
 
@@ -93,6 +93,9 @@ def _plain_parameters(module: nn.Module) -> Iterator[None]:
             put.append((parameters, name, placeholder))
         with no_autocast_cache():
             yield
+    except BaseException as error:
+        let_go_of_values(error)
+        raise
     finally:
         for parameters, name, placeholder in put:
             parameters[name] = placeholder

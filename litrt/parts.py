@@ -48,6 +48,10 @@ class Parts:
         self._taken: Counter[int] = Counter()  # bytes of tables that were taken in parts, before there was a plan
         self.largest_bytes = 0
 
+    def forget(self) -> None:
+        """Forgets all parts; the cache has no entries of them any more."""
+        self._entries.clear()
+
     def stored(self, index: int) -> TensorInfo:
         """Returns a table as it is stored."""
         return self._loader.stored(self._cache.entries[index].info)

@@ -30,19 +30,23 @@ class Passes:
 
     Attributes:
         lock: Held during a pass; who holds it keeps others from beginning one.
-        is_in_one: Whether there is a pass; for those who hold the lock.
     """
 
     def __init__(
         self, module: nn.Module, begins: Callable[[str, Any, Any], None], ends: Callable[[bool], None]
     ) -> None:
         self.lock = threading.RLock()
-        self.is_in_one = False
+        self._current: object = None  # the pass that there is
         self._module = module
         self._begins = begins
         self._ends = ends
         self._methods = [FORWARD]
         self._unhooks: list[Callable[[], None]] = []
+
+    @property
+    def is_in_one(self) -> bool:
+        """Whether there is a pass; for those who hold the lock."""
+        return self._current is not None
 
     @property
     def are_seen(self) -> bool:
@@ -111,15 +115,16 @@ class Passes:
 
         @functools.wraps(inner)
         def one_pass(*args: Any, **kwargs: Any) -> Any:
-            if not self._begin(method, args, kwargs):
-                return inner(*args, **kwargs)
-            is_whole = False
+            this: list[object] = []  # which is like no other one
             try:
+                if not self._begin(this, method, args, kwargs):
+                    return inner(*args, **kwargs)
                 with torch.no_grad():
                     result = inner(*args, **kwargs)
-                is_whole = True
-            finally:
-                self._end(is_whole)
+                self._end(this, is_whole=True)
+            except BaseException:
+                self._end(this, is_whole=False)
+                raise
             return self._without_gradients(result, args, kwargs)
 
         own = {key: vars(owner)[key] for key in (name, "__deepcopy__") if key in vars(owner)}
@@ -134,28 +139,32 @@ class Passes:
         return unwrap
 
     @_uncompiled
-    def _begin(self, method: str, args: Any, kwargs: Any) -> bool:
+    def _begin(self, this: object, method: str, args: Any, kwargs: Any) -> bool:
         """Begins a pass, unless this thread is in one; other threads wait for its end."""
-        self.lock.acquire()
-        if self.is_in_one:
-            self.lock.release()
-            return False
-        self.is_in_one = True
-        try:
-            gradients.check_transforms("a pass")
-            self._begins(method, args, kwargs)
-        except BaseException:
-            self.is_in_one = False
-            self.lock.release()
-            raise
-        return True
+        with self.lock:
+            if self._current is not None:
+                return False
+            # Interrupts come after a call: the lock is held from here on wherever there is a pass.
+            self._current = this
+            self.lock.acquire()
+            try:
+                gradients.check_transforms("a pass")
+                self._begins(method, args, kwargs)
+            except BaseException:
+                self._current = None
+                self.lock.release()
+                raise
+            return True
 
     @_uncompiled
-    def _end(self, is_whole: bool) -> None:
+    def _end(self, this: object, *, is_whole: bool) -> None:
+        """Ends a pass, unless it has ended or was none: called again where an interrupt comes before it is done."""
+        if self._current is not this:
+            return
         try:
             self._ends(is_whole)
         finally:
-            self.is_in_one = False
+            self._current = None
             self.lock.release()
 
     @_uncompiled

@@ -26,7 +26,7 @@ import torch
 from litrt.arena import Arena
 from litrt.bindings import Binding, Counters, Timings
 from litrt.budget import Budget
-from litrt.cache import Cache, Crowded, Entry, State
+from litrt.cache import Cache, Crowded, Entry, State, gone
 from litrt.device import Device, Memory
 from litrt.errors import ClosedError, TraceMismatchError
 from litrt.follower import Follower
@@ -116,6 +116,9 @@ class Pipeline:
         self._loader = loader
         self._parts = Parts(self.cache, loader)
         self._closed = False
+        self.is_suspect = False  # whether something that has begun may not have come to its end
+        self._failed: list[Entry] = []  # whose last read has failed, waited for or not
+        self._is_undone = False  # while a reset is not done
         self._plan: Plan | None = None
         self._follower: Follower | None = None  # of the plan, if that is to be followed
         self._log = PassLog()
@@ -222,6 +225,7 @@ class Pipeline:
     def _bind(self, indices: tuple[int, ...], entries: list[Entry]) -> Binding:
         """Makes a use of `indices`; `entries` are those of them, or the part for which one is the room."""
         began_s = time.perf_counter()
+        was_suspect, self.is_suspect = self.is_suspect, True
         is_mine = self._pass_thread in (None, threading.get_ident())
         step = self._step_of(indices) if is_mine and self._follower is not None else None
         access = self._log.begin(indices, self._device.mark()) if is_mine else None
@@ -230,19 +234,26 @@ class Pipeline:
             self._log.bound(access, self._device.mark())
         try:
             self._hold(entries)
-            tensors = [self.cache.tensor(entry) for entry in entries]
         except BaseException:
             self._log.drop(access)
             raise
-        if part is not None:
-            self._log.gathered(access, part.index, entries[0].segment.fetch_bytes, self._device.mark())
-        else:
-            self._log.bound(access, self._device.mark())
-        if self._counting:
-            self.counters.stall_s += time.perf_counter() - began_s
-        if step is not None and self._follower is not None:
-            self._follower.begin(step)
-        return Binding(indices, tensors, step, access, entries)
+        try:
+            tensors = [self.cache.tensor(entry) for entry in entries]
+            if part is not None:
+                self._log.gathered(access, part.index, entries[0].segment.fetch_bytes, self._device.mark())
+            else:
+                self._log.bound(access, self._device.mark())
+            if self._counting:
+                self.counters.stall_s += time.perf_counter() - began_s
+            if step is not None and self._follower is not None:
+                self._follower.begin(step)
+            self.is_suspect = was_suspect
+            return Binding(indices, tensors, step, access, entries)
+        except BaseException:
+            self.is_suspect = True
+            self._log.drop(access)
+            self._turns.unpin(entries)
+            raise
 
     def _hold(self, entries: list[Entry]) -> None:
         """Pins entries and waits until they are all there."""
@@ -261,6 +272,7 @@ class Pipeline:
                 if entry.copied is not None:
                     self._device.wait(entry.copied, is_hit=entry in hits)
         except BaseException:
+            self.is_suspect = True
             self._turns.unpin(entries)
             raise
 
@@ -268,6 +280,7 @@ class Pipeline:
         """Says that the operator is done with what `acquire` gave it."""
         binding.tensors.clear()
         with self._lock:
+            was_suspect, self.is_suspect = self.is_suspect, True
             for entry in binding.entries:
                 self.cache.used(entry)
                 self._device.record_use(entry.used)
@@ -275,6 +288,7 @@ class Pipeline:
             self._log.end(binding.access, self._device.mark())
             if self._follower is not None and not self._closed:
                 self._follower.end(binding.step)
+            self.is_suspect = was_suspect
 
     def restore(self, binding: Binding) -> None:
         """Reads again, in place, what an operator has written to."""
@@ -307,6 +321,8 @@ class Pipeline:
     def _make_ready(self, entries: list[Entry]) -> list[Entry]:
         """Waits until pinned `entries` are all there, loading those of which nothing is; returns those that were."""
         self.cache.reap()
+        if self._pass_thread is None:
+            self._forgive()
         self._revive(entries)
         whole = [entry for entry in entries if entry.part is None]
         hits = [entry for entry in whole if entry.state is State.READY]
@@ -326,9 +342,18 @@ class Pipeline:
             self._timings.add(sum(entry.segment.fetch_bytes for entry in absent), time.perf_counter() - began_s)
         return hits
 
+    def _forgive(self) -> None:
+        """Forgets errors of reads that nobody has waited for: what failed then need not fail again."""
+        for entry in self._failed:
+            if entry.state is State.ABSENT:
+                entry.error = None
+        self._failed.clear()
+
     def _revive(self, entries: list[Entry]) -> None:
         """Takes back what of pinned `entries` was released and lives on; raises what reading one of them has raised."""
         for entry in entries:
+            if entry.is_gone:
+                raise gone(entry)
             if entry.state is State.HELD:
                 self.cache.revive(entry)
             if (error := entry.take_error()) is not None:
@@ -519,6 +544,7 @@ class Pipeline:
         """Marks the start of a pass of the root module by this thread; stalls and faults count, or do not."""
         with self._lock:
             self._pass_thread = threading.get_ident()
+            self._forgive()
             self._take_stalls()
             self._log = PassLog(began_s=self._device.mark())
             self._counting = counting
@@ -565,6 +591,63 @@ class Pipeline:
         with self._lock:
             self._take_stalls()
             return replace(self.counters)
+
+    # What an exception has broken off: an interrupt can come between any two steps.
+
+    @property
+    def may_be_unsound(self) -> bool:
+        """Whether an exception has broken something off, or something is pinned, as far as can be told at once."""
+        return self.is_suspect or self._turns.is_anybody_at_work
+
+    def is_sound(self, plan: Plan | None) -> bool:
+        """Says whether nothing was left half done; called between passes, where `plan` should be followed."""
+        with self._lock:
+            self.is_suspect = False
+            pending = self._reads.pending()
+            return (
+                not self._is_undone
+                and self._follows(plan)
+                and self.cache.is_sound()
+                and self._turns.is_sound(sum(entry.n_pins for entry in self._entries))
+                # What another thread has just given a block is not queued yet.
+                and all(
+                    entry.n_pending == pending[entry] or entry.n_pins
+                    for entry in self._entries
+                    if entry.state is State.READING
+                )
+            )
+
+    def _follows(self, plan: Plan | None) -> bool:
+        """Says whether this plan is followed, its predictions aside, and what is to stay is there."""
+        stays = {
+            index
+            for index, entry in enumerate(self._entries)
+            if entry.resident and (entry.state is State.READY or entry.segment.is_slot)
+        }
+        if self._plan is None or plan is None:
+            return self._plan is plan and not stays
+        return self._plan.loads == plan.loads and stays == plan.resident.keys()
+
+    def reset(self) -> None:
+        """Makes it a new one, in other memory, that loads on demand. Tensors over the memory before keep their values.
+
+        Raises:
+            StalledReadError: If a read has not ended in time. Nothing can be used until this is called again.
+        """
+        with self._lock:
+            self._is_undone = True
+            self._plan = self._follower = self._pass_thread = None
+            self._reads.drop_queue()
+            self.cache.forget(self._segments)
+            self._parts.forget()
+            self._turns.forget()
+            self._ready.notify_all()
+            while self._reads.pending():
+                self._reads.wait(self._ready)  # into memory of which there is to be no more than the budget
+            self.cache.arena.reset()
+            # What was counted since may be too much; no block was ever beyond the limit.
+            self.cache.peak_bytes = min(self.cache.peak_bytes, self.budget_bytes)
+            self._is_undone = False
 
     # What others ask.
 
@@ -625,16 +708,21 @@ class Pipeline:
             pieces = () if entry.segment.is_slot else self._loader.pieces(entry.info)
         entry.state = State.READING if pieces else State.READY
         entry.n_pending = len(pieces)
+        entry.error = None
         self.counters.read_bytes += entry.segment.fetch_bytes
         self._reads.queue(priority, entry, pieces, self.cache.arena.memory(entry.block), tuple(entry.block.waits))
 
     def _read_done(self, entry: Entry, error: BaseException | None) -> None:
+        if entry.is_gone:
+            self._ready.notify_all()
+            return
         entry.error = entry.error or error
         entry.n_pending -= 1
         if entry.n_pending:
             return
         entry.state = State.READY
         if entry.error is not None:
+            self._failed.append(entry)
             self.cache.free(entry)
             self._ready.notify_all()
             return

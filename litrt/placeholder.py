@@ -173,7 +173,8 @@ class Placeholder(Stored):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise LitrtError(
-            f"cannot pickle {self._litrt_name!r}: litrt serves it from a store, which holds its values already."
+            f"cannot pickle {self._litrt_name!r}: litrt serves it from a store, which holds its values already. To "
+            "save values, dict(rt.state_dict()) has them; to save the module, the plain one that rt.detach() gives."
         )
 
 

@@ -101,12 +101,28 @@ class Planner:
     # What is recorded.
 
     def begin(self) -> None:
-        """Prepares for a pass that is to be recorded: loads on demand, and nothing has to stay."""
-        self._pipeline.stop()
-        self._residents.evict_all()
+        """Prepares for a pass that is to be recorded: loads on demand, and nothing has to stay.
+
+        Raises:
+            StalledReadError: If a read has not ended in time. All is done then but waiting for it.
+        """
+        self._path = None
+        try:
+            self._pipeline.stop()
+        finally:
+            self._residents.evict_all()
+            self._pipeline.forget_residents()
+            self._loader.follow(None)
+
+    def mend(self) -> None:
+        """Puts right what an exception has broken off: then all is loaded on demand, and the next pass is recorded."""
+        if self._pipeline.is_sound(self.plan):
+            return
+        self._path = None
+        self._residents.evict_all(look=False)
+        self._pipeline.reset()
         self._pipeline.forget_residents()
         self._loader.follow(None)
-        self._path = None
 
     def record(self, uses: Sequence[Use], signature: Hashable) -> None:
         """Plans for a pass that was recorded, and anew for those on other paths that were recorded before it.

@@ -340,6 +340,8 @@ _ADVICE = {
 def unreadable(piece: Piece, error: OSError) -> CorruptWeightError:
     """Returns the error for a chunk that the system does not read."""
     advice = _ADVICE.get(error.errno or 0)
+    if isinstance(error, TimeoutError):
+        advice = "Check the network, or what is behind it, then try again."
     if advice is None:
         return corrupt(piece, f"cannot be read ({error})", "Check the disk, then")
     message = f"weight {piece.name!r}: {piece.file} cannot be read ({error}). {advice}"

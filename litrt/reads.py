@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -27,6 +27,7 @@ _N_SMALL = 1024
 class _Load:
     """A piece that is being loaded, since when."""
 
+    token: Any
     piece: Any
     began_s: float
 
@@ -115,7 +116,7 @@ class ReadThreads(Generic[T]):
                 began_s = time.perf_counter()
                 if not self._under_way:
                     self._loading_since_s = began_s
-                self._under_way[number] = _Load(piece, began_s)
+                self._under_way[number] = _Load(token, piece, began_s)
             error: BaseException | None = None
             try:
                 self._loader.load(piece, memory, waits)
@@ -136,6 +137,18 @@ class ReadThreads(Generic[T]):
                     return  # and whoever waited for it was told
                 self._done(token, error)
                 del token, error
+
+    def pending(self) -> Counter[T]:
+        """Returns how many pieces are queued or under way, by what they were queued with."""
+        with self._lock:
+            found = Counter(token for _, _, token, *_ in self._queue)
+            found.update(load.token for load in self._under_way.values())
+            return found
+
+    def drop_queue(self) -> None:
+        """Forgets what is queued; what is under way goes on."""
+        with self._lock:
+            self._queue.clear()
 
     @property
     def busy_s(self) -> float:
@@ -168,6 +181,8 @@ class ReadThreads(Generic[T]):
         load = next(iter(self._under_way.values()), None)
         began_s = time.monotonic()
         changed.wait(LOOK_S if timeout_s is None else min(timeout_s, LOOK_S))
+        if self._queue and len(self._under_way) < self.n_threads:
+            self._work.notify_all()  # an interrupt may have come before it, in `queue`
         waiting = self._waiting
         if self._patience is None or load is None or load not in self._under_way.values():
             waiting.load = None

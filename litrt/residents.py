@@ -101,18 +101,20 @@ class Residents:
 
     def _settle(self, index: int) -> None:
         parked: list[_Plain] = []
+        self._parked[index] = parked
         for spot in self._objects.get(index, ()):
             plain = self._pipeline.resident_tensor(index)
             if plain is None:
+                del self._parked[index]
                 self.all_plain = False
                 return
             if isinstance(spot, nn.Parameter):
                 plain = nn.Parameter(plain, requires_grad=spot.requires_grad)
-            if _swap(spot, plain):
-                parked.append(_Plain(spot, plain, _version(spot), _address(spot)))
-            else:
+            # Noted before it is done: an interrupt may come right after it.
+            parked.append(_Plain(spot, plain, _version(plain), _address(plain)))
+            if not _swap(spot, plain):
+                parked.pop()
                 self.all_plain = False
-        self._parked[index] = parked
         if parked and self._is_host:
             self._checksums[index] = self._checksum(index)
 
@@ -290,6 +292,8 @@ class Residents:
 
 def _put_back(plain: _Plain) -> bool:
     placeholder: Any = plain.placeholder
+    if isinstance(plain.spot, Placeholder):
+        return True  # it was, before an interrupt
     if plain.spot.is_leaf:
         placeholder._litrt_requires_grad = plain.spot.requires_grad
     return _swap(plain.spot, plain.placeholder)
@@ -348,7 +352,7 @@ def _exchange(one: Any, other: Any, exchange: Callable[[Any, Any], None] = torch
     other.__dict__ = of_one
     try:
         exchange(one, other)
-    except BaseException:
+    except RuntimeError:  # of torch; an interrupt comes after it, when it is done
         one.__class__ = class_of_one
         other.__class__ = class_of_other
         one.__dict__ = of_one

@@ -120,6 +120,7 @@ class Runtime:
         self._shared = budget if isinstance(budget, SharedBudget) else None
         self._n_passes = 0
         self._recording = False
+        self._is_suspect = False  # something has begun and not come to a good end
         self._recorded: tuple[list[Use], Hashable] = [], None  # by a warm-up
         self._looks: Hashable = None  # of the inputs of the pass
         self._passes = Passes(self.module, self._pass_begins, self._pass_ends)
@@ -194,6 +195,7 @@ class Runtime:
         with self._passes.lock:
             if self._passes.is_in_one:
                 raise LitrtError("a pass cannot be warmed up inside of another one: call warmup before or after it.")
+            self._mend()
             self._check_unwritten()
             self._passes.add(method)
             if self._planner.plan is not None:
@@ -219,6 +221,7 @@ class Runtime:
                 self._recording = False
                 self._recorded = [], None
             self._rehook()
+            self._is_suspect = False
 
     def set_budget(self, budget: int | str) -> None:
         """Changes the budget between passes. Weights that stay in the old one and in the new one are not read again.
@@ -240,6 +243,7 @@ class Runtime:
     def _set_budget(self, budget: int | str) -> None:
         if self._passes.is_in_one:
             raise LitrtError("the budget cannot be changed in a pass: call set_budget before or after it.")
+        self._mend()
         self._residents.check()
         n_threads, scratch_bytes = self._serving.n_threads, self._serving.scratch_bytes
         if self._device.is_host:
@@ -254,6 +258,7 @@ class Runtime:
         self._planner.change(self._weights.settle(budget, scratch_bytes), n_threads)
         self._budget = budget
         self._rehook()
+        self._is_suspect = False
 
     # What a shared budget asks.
 
@@ -279,6 +284,10 @@ class Runtime:
         finally:
             self._passes.lock.release()
         return True
+
+    @property
+    def _has_bytes(self) -> int:
+        return max(self._planner.settled.budget_bytes, self._pipeline.budget_bytes)
 
     @property
     def _is_in_pass_here(self) -> bool:
@@ -345,9 +354,11 @@ class Runtime:
             LitrtError: If something holds a weight in a way that litrt cannot follow.
         """
         self._check_open()
-        with self._passes.lock, self._pipeline.alone():
-            self._residents.check()
-            self._residents.detach()
+        with self._passes.lock:
+            self._mend()
+            with self._pipeline.alone():
+                self._residents.check()
+                self._residents.detach()
         self.close()
         return self.module
 
@@ -368,7 +379,7 @@ class Runtime:
             read_bytes=counters.read_bytes if host is None else host.read_bytes,
             stall_s=counters.stall_s + counters.link_stall_s,
             peak_bytes=self._pipeline.cache.peak_bytes,
-            budget_bytes=max(self._planner.settled.budget_bytes, self._pipeline.budget_bytes),
+            budget_bytes=self._has_bytes,
             resident_bytes=self._pipeline.resident_bytes,
             gathered_bytes=counters.gathered_bytes if host is None else host.gathered_bytes,
             link_bytes=0 if host is None else counters.read_bytes,
@@ -414,11 +425,18 @@ class Runtime:
     # The main loop: one pass after the other.
 
     def _pass_begins(self, method: str, args: Any, kwargs: Any) -> None:
+        self._mend()
         self._check_unwritten()
         self._looks = method, signature(args, kwargs)
         if not self._recording:
             self._planner.expect(self._looks)
         self._pipeline.begin_pass(counting=not self._recording)
+
+    def _mend(self) -> None:
+        """Puts right what the last pass, or change of plans, has left half done where it came to no good end."""
+        if self._is_suspect or self._pipeline.may_be_unsound:
+            self._planner.mend()
+        self._is_suspect = True
 
     def _pass_ends(self, is_whole: bool) -> None:
         try:
@@ -428,6 +446,8 @@ class Runtime:
         finally:
             self._pipeline.leave_pass()
         if not is_whole:
+            with contextlib.suppress(LitrtError):  # then it is tried again before the next one
+                self._planner.mend()
             return
         if self._recording:
             self._recorded = self._pipeline.uses(), self._looks
@@ -435,6 +455,7 @@ class Runtime:
             self._n_passes += 1
             self._planner.ended(n_mismatches, self._looks)
             self._rehook()
+            self._is_suspect = False
 
     def _rehook(self) -> None:
         """Sees passes where there is anything to do in them."""

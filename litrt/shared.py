@@ -65,6 +65,9 @@ class Member(Protocol):
     def _take_share(self, n_bytes: int, *, wait: bool) -> bool: ...
 
     @property
+    def _has_bytes(self) -> int: ...
+
+    @property
     def _is_in_pass_here(self) -> bool: ...
 
 
@@ -72,6 +75,25 @@ class Member(Protocol):
 class _Share:
     member: weakref.ref[Member]
     n_bytes: int
+
+    def shrink(self, member: Member, n_bytes: int) -> None:
+        """Makes it smaller, between two passes of the member."""
+        try:
+            member._take_share(n_bytes, wait=True)
+        except LitrtError:
+            self.n_bytes = member._has_bytes
+            if self.n_bytes > n_bytes:
+                raise
+            # It has less, and what it could not read it meets again in its next pass.
+        self.n_bytes = n_bytes
+
+    def grow(self, member: Member, n_bytes: int) -> None:
+        """Makes it larger, unless the member is in a pass."""
+        try:
+            if member._take_share(n_bytes, wait=False):
+                self.n_bytes = n_bytes
+        except LitrtError:
+            self.n_bytes = member._has_bytes  # it may have grown; what it could not read it meets again
 
 
 class SharedBudget:
@@ -125,8 +147,7 @@ class SharedBudget:
             try:
                 for (member, share), n_bytes in zip(members, shares, strict=True):
                     if n_bytes < share.n_bytes:
-                        member._take_share(n_bytes, wait=True)
-                        share.n_bytes = n_bytes
+                        share.shrink(member, n_bytes)
             except BudgetError:
                 self._grow()
                 raise
@@ -150,5 +171,5 @@ class SharedBudget:
         for (member, share), n_bytes in zip(
             members, divide(self.budget_bytes, [member._need() for member, _ in members]), strict=True
         ):
-            if n_bytes > share.n_bytes and member._take_share(n_bytes, wait=False):
-                share.n_bytes = n_bytes
+            if n_bytes > share.n_bytes:
+                share.grow(member, n_bytes)

@@ -10,12 +10,28 @@ one that has does not wait for it.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from types import FrameType
 
 from litrt.cache import Entry
+
+_AT_WORK = frozenset(
+    f"litrt.{name}" for name in ("borrow", "frames", "pipeline", "planner", "residents", "rowops", "rows")
+)
+"""Modules that pin weights and run operators with them, or take the turn."""
+
+
+def _is_at_work(frame: FrameType | None) -> bool:
+    """Says whether a thread is in the middle of what litrt does for an operator."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") in _AT_WORK:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Turns:
@@ -85,6 +101,33 @@ class Turns:
             return False
         self._waited_for[thread] = self._n_let_go
         return True
+
+    @property
+    def is_anybody_at_work(self) -> bool:
+        """Whether any thread has pinned something."""
+        return bool(self._n_pins)
+
+    def _left(self) -> set[int]:
+        """Returns the threads that have left something here, and are at no operator: the caller is at none."""
+        here = {*self._n_pins, *self._stuck}
+        if self._owner is not None:
+            here.add(self._owner)
+        frames = sys._current_frames()
+        return {thread for thread in here if thread == threading.get_ident() or not _is_at_work(frames.get(thread))}
+
+    def is_sound(self, n_pins: int) -> bool:
+        """Says whether threads that are at an operator have pinned all of `n_pins`, and others nothing."""
+        return not self._left() and sum(self._n_pins.values()) == n_pins and len(self._stuck) == self._n_waiting
+
+    def forget(self) -> None:
+        """Forgets what threads have left that are at no operator."""
+        for thread in self._left():
+            self._n_pins.pop(thread, None)
+            self._stuck.discard(thread)
+            if self._owner == thread:
+                self._owner, self._n_wanted = None, 0
+        self._n_waiting = len(self._stuck)
+        self._wake()
 
     @contextmanager
     def mine(self, entries: Sequence[Entry] = ()) -> Iterator[None]:

@@ -43,6 +43,30 @@ def test_what_another_thread_has_fetched_while_room_was_made_is_not_placed_again
     assert arena.held_bytes == 0
 
 
+def test_what_is_to_stay_does_not_make_room_before_it_is_there() -> None:
+    device = CpuDevice()
+    arena = Arena(device, 2 * N_BYTES, 2 * N_BYTES)
+    sizes = {"stays": N_BYTES, "large": 2 * N_BYTES}
+    segments = [Segment(name, size, size, 64) for name, size in sizes.items()]
+    infos = [TensorInfo(name, (size,), torch.uint8, size, name, size, True) for name, size in sizes.items()]
+    waited = []
+
+    def wait() -> None:
+        assert stays.block is not None
+        waited.append(arena.in_the_way(stays.block.offset, N_BYTES) == [stays.block])
+        stays.state = State.READY
+
+    cache = Cache(segments, infos, device, arena, scratch_bytes=0, growable=False, wait=wait)
+    cache.evict_resident = lambda _: True
+    stays, large = cache.entries
+    assert cache.place_resident(stays, 0)
+    stays.state = State.READING
+    cache.settle(stays)
+    assert cache.place_now([large], [large]) == [large]
+    assert waited == [True]
+    assert stays.state is State.ABSENT
+
+
 ROOM = 8
 STEPS = st.lists(st.tuples(st.sampled_from(["use", "plan", "pin", "unpin", "settle", "unsettle"]), st.integers(0, 19)))
 

@@ -133,6 +133,69 @@ def test_a_weight_that_breaks_while_it_streams_is_reported_once_and_is_served_ag
                 assert torch.equal(rt(vector(width)), expected(width))
 
 
+def test_a_fault_that_nobody_has_met_is_not_remembered(make_store: MakeStore) -> None:
+    path = make_store(Layers())
+    with litrt.Runtime(Layers, path, budget="60%") as rt:
+        run_passes(rt, vector(32), 3)
+        name = streamed_name(rt, 1)
+        number = int(name.removeprefix("weights."))
+        without = [other for other in range(N_LAYERS) if other != number]
+        file = chunk_file(path, name)
+        whole = file.read_bytes()
+        file.unlink()
+        rt.module.order = without
+        for _ in range(3):
+            assert torch.equal(rt(vector(32)), expected(32, without))
+        file.write_bytes(whole)
+        assert torch.equal(rt.module.weights[number].clone(), dict(Layers().named_parameters())[name])
+        rt.module.order = list(range(N_LAYERS))
+        for _ in range(2):
+            assert torch.equal(rt(vector(32)), expected(32))
+
+
+def test_a_store_that_is_back_is_served_at_once(make_store: MakeStore) -> None:
+    path = make_store(Layers())
+    with litrt.Runtime(Layers, path, budget="min") as rt:
+        run_passes(rt, vector(32), 3)
+        away = path.rename(path.with_name("away"))
+        for _ in range(4):
+            with pytest.raises(litrt.CorruptWeightError, match="is missing"):
+                run_passes(rt, vector(32), 2)
+        away.rename(path)
+        for _ in range(3):
+            assert torch.equal(rt(vector(32)), expected(32))
+
+
+@pytest.mark.parametrize("budget", ["min", "60%"])
+def test_where_no_memory_is_left_for_a_tensor_the_next_pass_is_right(
+    budget: str, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with litrt.Runtime(Layers, make_store(Layers()), budget=budget) as rt:
+        run_passes(rt, vector(32), 2)
+        frombuffer = torch.frombuffer
+
+        def failing(*_: object, **__: object) -> torch.Tensor:
+            monkeypatch.setattr(torch, "frombuffer", frombuffer)
+            raise MemoryError("no memory is left")
+
+        monkeypatch.setattr(torch, "frombuffer", failing)
+        with pytest.raises(MemoryError):
+            run_passes(rt, vector(32), 2)
+        results: list[torch.Tensor] = []
+
+        def another() -> None:
+            results.append(rt(vector(32)))
+            rt.set_budget("80%")
+            results.append(rt(vector(32)))
+
+        thread = threading.Thread(target=another, daemon=True)
+        thread.start()
+        thread.join(LIMIT_S)
+        assert not thread.is_alive(), "it hangs"
+        assert len(results) == 2
+        assert all(torch.equal(result, expected(32)) for result in results)
+
+
 def test_every_byte_is_checked_again_on_every_read(make_store: MakeStore) -> None:
     path = make_store(Layers())
     with litrt.Runtime(Layers, path, budget="min", policy="lru") as rt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -317,6 +318,24 @@ def test_a_runtime_that_cannot_be_made_leaves_a_shared_budget(path: Path, plain:
             litrt.Runtime(lambda: nn.Linear(2, 2), path, budget=shared)
         assert shared.shares == before
         check(one, plain)
+
+
+def test_a_share_that_a_runtime_could_not_fill_is_counted(path: Path, plain: nn.Module, tmp_path: Path) -> None:
+    copy = shutil.copytree(path, tmp_path / "copy.zarr")
+    total = sum(tensor.nbytes for tensor in plain.state_dict().values())
+    shared = litrt.SharedBudget(total)
+    with litrt.Runtime(Net, copy, budget=shared) as one:
+        one.warmup(IDS)
+        with litrt.Runtime(Net, path, budget=shared) as other:
+            other.warmup(IDS)
+            away = copy.rename(tmp_path / "away")
+        assert shared.shares == [one.stats().budget_bytes], "what it has grown to, although nothing could be read"
+        away.rename(copy)
+        with litrt.Runtime(Net, path, budget=shared) as another:
+            another.warmup(IDS)
+            for rt in (one, another, one):
+                check(rt, plain)
+            assert held(one, another) <= total
 
 
 def test_a_runtime_that_was_dropped_leaves_its_share(path: Path, plain: nn.Module) -> None:

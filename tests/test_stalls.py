@@ -131,6 +131,26 @@ def test_a_warmup_and_a_change_of_the_budget_are_bounded_as_well(
             assert torch.equal(rt(vector(32)), expected(32))
 
 
+@pytest.mark.parametrize("what", ["set_budget", "warmup"])
+def test_after_a_change_that_a_hanging_disk_has_broken_off_there_is_a_plan_again(
+    what: str, disk: Disk, make_store: MakeStore
+) -> None:
+    with litrt.Runtime(Layers, make_store(Layers()), budget="50%", read_timeout_s=TIMEOUT_S) as rt:
+        for _ in range(5):
+            rt(vector(32))
+        disk.hang(streamed_name(rt, 1))
+        with pytest.raises(litrt.StalledReadError):
+            run_passes(rt, vector(32), 2)
+        with pytest.raises(litrt.StalledReadError):
+            rt.set_budget("60%") if what == "set_budget" else rt.warmup(vector(32))
+        disk.free()
+        for _ in range(3):
+            assert torch.equal(rt(vector(32)), expected(32))
+        before = rt.stats()
+        assert torch.equal(rt(vector(32)), expected(32))
+        assert rt.stats().since(before).n_faults == 0
+
+
 def test_close_does_not_wait_for_what_hangs_and_its_thread_ends_with_it(disk: Disk, make_store: MakeStore) -> None:
     others = read_threads()
     rt = litrt.Runtime(Layers, make_store(Layers()), budget="60%", n_threads=2, read_timeout_s=TIMEOUT_S)
