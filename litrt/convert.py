@@ -18,6 +18,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
 from litrt.arrays import (
+    METADATA,
     TARGET_CHUNK_BYTES,
     array_dtype,
     bytes_of_chunks,
@@ -34,8 +35,9 @@ from litrt.crc import Bytes, extend_crc
 from litrt.errors import StoreError
 from litrt.progress import Progress
 from litrt.source import KeyMap, Source, renamed
-from litrt.staging import Staging, check_space, sync
-from litrt.store import FORMAT, Store, open_store
+from litrt.staging import Staging, check_space, make_parent, naming, sync
+from litrt.store import FORMAT, Store, is_store, open_store
+from litrt.zarr_source import is_zarr_folder
 
 _WRITTEN = 2
 """Another number wherever the same source is written as other bytes, so that nothing of before is gone on with."""
@@ -75,13 +77,13 @@ def convert(
             `store`, as they are and compressed, which needs some 300 MB there for a moment, once for each dtype, and
             chooses for each tensor what is read fastest: `Store.compression` says what was decided and why. A tensor
             that gains less than 5 % is stored as it is.
-        overwrite: Replaces the store that is there, once the new one is complete.
+        overwrite: Replaces the store of litrt that is there, once the new one is complete.
         progress: Shows a line of progress on stderr, if that is a terminal.
 
     Raises:
-        StoreError: If `store` exists, cannot be written, is being written by another conversion or would not fit on
-            the disk, or if `source` is not a checkpoint, or has something that cannot be stored, such as quantised
-            blocks.
+        StoreError: If `store` exists, cannot be written, is being written by another conversion, lies in a Zarr group
+            that it is made of or would not fit on the disk, or if `source` is not a checkpoint, or has something that
+            cannot be stored, such as quantised blocks; or if `<store>.partial` is not of litrt.
         CorruptWeightError: If a file of `source` is truncated.
         FileNotFoundError: If there is no file `source`.
         TypeError: If `source` is not a checkpoint, or holds something else than plain tensors.
@@ -96,16 +98,20 @@ def convert(
         if key_map is not None:
             opened = renamed(opened, key_map)
         opened.refuse_unfit()
+        for name, (_, known) in (opened.sizes or {}).items():
+            _dtypes(name, known, cast)
+        _check_outside(target, source if isinstance(source, list | tuple) else [source], opened.files)
         total_bytes = _total_bytes(opened, cast)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with Staging(target, _key(opened, cast, compress)) as staging:
+        make_parent(target)
+        with Staging(target, _key(opened, cast, compress)) as staging, naming(staging.path):
             _check_target(target, os.fspath(store), overwrite)  # again: another conversion may have ended
             if total_bytes is not None and compress is None:
                 done_bytes = sum(told["stored_bytes"] for told in staging.finished.values())
                 check_space(target, total_bytes - done_bytes)
             with Progress(target.name, total_bytes, shown=progress) as bar:
                 _write_store(opened, staging, cast, compress, bar)
-            staging.publish()
+            _check_target(target, os.fspath(store), overwrite)  # what is replaced now may be another thing than before
+            staging.publish(replace=overwrite)
     return open_store(store)
 
 
@@ -133,8 +139,38 @@ def _check_target(target: Path, label: str, overwrite: bool) -> None:
         return
     if not overwrite:
         raise StoreError(f"{label} exists: choose another path, or pass overwrite=True to replace it.")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / "zarr.json").is_file()):
-        raise StoreError(f"{label} exists and is not a store, so that it is not overwritten: choose another path.")
+    if not target.is_dir() or (any(target.iterdir()) and not is_store(target)):
+        raise StoreError(
+            f"{label} exists and is not a store of litrt, so that it is not overwritten: choose another path."
+        )
+
+
+def _check_outside(target: Path, sources: Sequence[object], files: Sequence[Path]) -> None:
+    """Raises an error where a store would lie in a group of Zarr that it is made of, and be read with it.
+
+    The files of several sources are not known where one of them has none; and that a source is the cache of a hub, in
+    which there is a group, is only known by its files.
+    """
+    around = [folder for folder in target.parents if is_zarr_folder(folder)]
+    if not around:
+        return
+    groups = {os.path.realpath(file.parent) for file in files if file.name in METADATA}
+    groups |= {os.path.realpath(source) for source in sources if isinstance(source, str | os.PathLike)}
+    for folder in around:
+        if str(folder) in groups:
+            raise StoreError(
+                f"cannot write {target} into {folder}, which it is made of, and of which all is read: choose a path "
+                "outside."
+            )
+
+
+def _dtypes(name: str, dtype: torch.dtype, cast: torch.dtype | None) -> tuple[torch.dtype, str]:
+    """Returns what a tensor is stored as: its dtype in torch, and that of its array."""
+    dtype = cast if cast is not None and dtype.is_floating_point else dtype
+    stored = array_dtype(dtype)
+    if stored is None:
+        raise TypeError(f"{name!r} has dtype {dtype}, which litrt cannot store: convert it to another dtype first.")
+    return dtype, stored
 
 
 def _total_bytes(source: Source, cast: torch.dtype | None) -> int | None:
@@ -193,10 +229,7 @@ def _write_tensor(
 ) -> int:
     """Writes a tensor, and returns the bytes of its values."""
     tensor = source.fetch(name)
-    dtype = cast if cast is not None and tensor.is_floating_point() else tensor.dtype
-    stored = array_dtype(dtype)
-    if stored is None:
-        raise TypeError(f"{name!r} has dtype {dtype}, which litrt cannot store: convert it to another dtype first.")
+    dtype, stored = _dtypes(name, tensor.dtype, cast)
     shape = tuple(tensor.shape)
     attributes: dict[str, Any] = {"name": name, "torch_dtype": dtype_name(dtype)}
     nbytes = tensor.numel() * dtype.itemsize

@@ -1,8 +1,11 @@
-"""The directory that a store is written to, beside its destination, until it is complete and on disk.
+"""What is written beside its destination until it is complete and on disk: the directory of a store, or a file.
 
-One process at a time writes to it. A journal in it says which arrays are finished, so that a conversion that was killed
-goes on where it stopped. The journal gets a line for an array once its files are on disk, so that what it says holds
-also after a loss of power; where such a line was lost, the array is written again.
+One process at a time writes to it. A journal in the directory says which arrays are finished, so that a conversion that
+was killed goes on where it stopped. The journal gets a line for an array once its files are on disk, so that what it
+says holds also after a loss of power; where such a line was lost, the array is written again.
+
+The directory has a name that somebody else may have used. The journal, or what marks a store, says that it is one of
+litrt's; the journal is the first thing that is written there, and the last that is removed.
 """
 
 from __future__ import annotations
@@ -14,18 +17,22 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from litrt.arrays import bytes_of_chunks, node_name
 from litrt.directio import forget
 from litrt.errors import StoreError
+from litrt.store import is_store
 from litrt.units import format_bytes
 
 _JOURNAL = "(journal)"  # no array of a store has parentheses in its name
 _AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
+_OF_WRITING = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS})
 
 
 class Staging:
@@ -44,7 +51,7 @@ class Staging:
         finished: Names of the arrays in it that are finished, to what was said of them.
 
     Raises:
-        StoreError: If somebody else is writing there.
+        StoreError: If somebody else is writing there, or what is there is not of litrt.
     """
 
     def __init__(self, target: Path, key: str | None) -> None:
@@ -69,7 +76,8 @@ class Staging:
         is_failure = kind is not None and issubclass(kind, Exception) and self._is_writing
         try:
             if not self._is_published and (is_failure or not self.finished or self._key is None):
-                shutil.rmtree(self.path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    _discard(self.path)
         finally:
             self._unlock()
 
@@ -80,7 +88,10 @@ class Staging:
     def _lock(self) -> int:
         """Returns a descriptor of the directory that holds its lock, and makes it where it is not there."""
         while True:
-            self.path.mkdir(exist_ok=True)
+            try:
+                self.path.mkdir(exist_ok=True)
+            except FileExistsError:
+                raise self._in_the_way("no folder") from None
             try:
                 fd = _lock_directory(self.path)
             except FileNotFoundError:
@@ -89,21 +100,32 @@ class Staging:
                 raise StoreError(
                     f"{self._target} is being written by another conversion: wait for it, or choose another path."
                 )
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(self.path)):
+            try:
+                if _is_of(fd, self.path):
+                    if not _is_ours(self.path):
+                        raise self._in_the_way("not what a conversion has left")
                     return fd
+            except BaseException:
+                os.close(fd)
+                raise
             os.close(fd)  # the other one was done with it after we had opened it
+
+    def _in_the_way(self, what: str) -> StoreError:
+        return StoreError(
+            f"{self.path} is in the way and {what}, so that it is not removed: move it, or choose another path than "
+            f"{self._target}."
+        )
 
     def begin(self) -> None:
         """Prepares for writing: leaves what is finished, and nothing else."""
         self._is_writing = True
-        kept = {_JOURNAL, *map(node_name, self.finished)} if self.finished else set()
+        (self.path / _JOURNAL).touch()
+        kept = {_JOURNAL, *map(node_name, self.finished)}
         for child in self.path.iterdir():
             if child.name not in kept:
-                _remove(child)
-        if self._key is not None:
-            lines = [{"key": self._key}, *({"name": name} | told for name, told in self.finished.items())]
-            (self.path / _JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines))
+                remove(child)
+        lines = [{"key": self._key}, *({"name": name} | told for name, told in self.finished.items())]
+        (self.path / _JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def finish(self, name: str, told: Mapping[str, Any]) -> None:
         """Says that an array is finished and on disk. Called by one thread at a time.
@@ -118,19 +140,26 @@ class Staging:
         with (self.path / _JOURNAL).open("a") as journal:
             journal.write(json.dumps({"name": name} | dict(told)) + "\n")
 
-    def publish(self) -> None:
-        """Gives the complete store its name, in the place of one that has it."""
+    def publish(self, *, replace: bool = False) -> None:
+        """Gives the complete store its name.
+
+        Args:
+            replace: In the place of the store that has it.
+
+        Raises:
+            StoreError: If there is something of that name, which is not to be replaced.
+        """
         (self.path / _JOURNAL).unlink(missing_ok=True)
-        old = self._take_name()
+        old = self._take_name(replace)
         self._is_published = True
         sync(self._target.parent)
         if old is not None:
-            shutil.rmtree(old)
+            _discard(old)
 
-    def _take_name(self) -> Path | None:
+    def _take_name(self, replace: bool) -> Path | None:
         """Gives the store its name, and returns where the one is that had it."""
-        if not self._target.exists():
-            self.path.rename(self._target)
+        if not replace or not self._target.exists():
+            rename_new(self.path, self._target)
             return None
         # What is at our path then is the old store: taken as well until it is gone.
         fd = _lock_directory(self._target)
@@ -139,8 +168,11 @@ class Staging:
         if exchange(self.path, self._target):
             return self.path
         replaced = self._target.with_name(f"{self._target.name}.replaced")
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        if os.path.lexists(replaced):
+            if replaced.is_dir() and _is_ours(replaced):
+                _discard(replaced)
+            else:
+                replaced = Path(tempfile.mkdtemp(prefix=f"{replaced.name}-", dir=replaced.parent))
         self._target.rename(replaced)
         try:
             self.path.rename(self._target)
@@ -170,6 +202,80 @@ class Staging:
         return finished
 
 
+@contextlib.contextmanager
+def new_file(target: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
+    """Gives a file to write, which gets the name `target` at the end, when it is on disk. After an error there is none.
+
+    Until then it is `.<name>.litrt-partial` beside it, which nobody else calls a file. One process at a time writes to
+    it; what a killed one has left is removed.
+
+    Args:
+        target: What the file will be. The directory that it is in exists.
+        replace: In the place of the file that has the name.
+
+    Raises:
+        StoreError: If somebody else is writing it, or there is something of that name, which is not to be replaced.
+    """
+    path = target.with_name(f".{target.name}.litrt-partial")
+    with _lock_file(path, target) as file:
+        try:
+            yield file
+            file.flush()
+            sync(path)
+            if replace:
+                path.replace(target)
+            else:
+                rename_new(path, target)
+        except BaseException:
+            if _is_of(file.fileno(), path):
+                path.unlink()
+            raise
+    sync(target.parent)
+
+
+def _lock_file(path: Path, target: Path) -> BinaryIO:
+    """Returns an empty file that holds its lock."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "wb")
+        try:
+            if not _take_lock(file.fileno()):
+                raise StoreError(f"{target} is being written by another export: wait for it, or choose another path.")
+            if _is_of(file.fileno(), path):
+                status = os.fstat(file.fileno())
+                if status.st_size == 0 and status.st_nlink == 1:
+                    return file
+                # Of one that was killed, and has given it its name perhaps: not to be emptied.
+                path.unlink()
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def make_parent(target: Path) -> None:
+    """Makes the directory that a path is in.
+
+    Raises:
+        StoreError: If something on the way there is no directory.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        above = next(parent for parent in target.parents if os.path.lexists(parent))
+        raise StoreError(f"cannot write {target}: {above} is no directory. Choose another path.") from None
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives the errors of a disk that takes no more the name of what is written, which writes do not know."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _OF_WRITING and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def check_space(target: Path, n_bytes: int) -> None:
     """Raises a StoreError where the disk has no room for so many bytes beside a path, and says so."""
     disk = shutil.disk_usage(target.parent)
@@ -192,10 +298,39 @@ def sync(path: Path) -> None:
 
 def exchange(one: Path, other: Path) -> bool:
     """Lets two paths change names in one step; says whether the system can do that."""
+    return _rename(one, other, _RENAME_EXCHANGE)
+
+
+def rename_new(one: Path, other: Path) -> None:
+    """Gives a path a name that nothing has: in one step, but for folders where the system cannot do that.
+
+    Raises:
+        StoreError: If something has that name.
+    """
+    try:
+        if _rename(one, other, _RENAME_NOREPLACE):
+            return
+        if one.is_file():
+            with contextlib.suppress(PermissionError):  # as file systems say that have no links
+                os.link(one, other)
+                one.unlink()
+                return
+        if not os.path.lexists(other):
+            one.rename(other)
+            return
+    except FileExistsError:
+        pass
+    raise StoreError(
+        f"{other} exists, which it did not before: choose another path, or pass overwrite=True to replace it."
+    )
+
+
+def _rename(one: Path, other: Path, flags: int) -> bool:
+    """Renames as only Linux can; says whether the system and the file system can."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
-    if not rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+    if not rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flags):
         return True
     number = ctypes.get_errno()
     if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
@@ -204,25 +339,57 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def _lock_directory(path: Path) -> int | None:
-    """Returns a descriptor that holds the lock of a directory, or None where another one does.
-
-    On file systems that have no locks there are none.
-    """
+    """Returns a descriptor that holds the lock of a directory, or None where another one does."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    except OSError:
-        pass
+        if _take_lock(fd):
+            return fd
     except BaseException:
         os.close(fd)
         raise
-    return fd
+    os.close(fd)
+    return None
 
 
-def _remove(path: Path) -> None:
+def _take_lock(fd: int) -> bool:
+    """Says whether a descriptor has the lock now, and no other one. On file systems that have no locks, all have it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _is_of(fd: int, path: Path) -> bool:
+    """Says whether a descriptor is of what has that name now."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _is_ours(folder: Path) -> bool:
+    """Says whether there is nothing in a folder that a conversion has not written."""
+    if folder.is_symlink():
+        return False
+    return (folder / _JOURNAL).is_file() or is_store(folder) or not any(folder.iterdir())
+
+
+def _discard(folder: Path) -> None:
+    """Removes a folder of a conversion. What says that it is one goes last: where this is killed, the next goes on."""
+    with contextlib.suppress(OSError):
+        (folder / _JOURNAL).touch()
+    for child in folder.iterdir():
+        if child.name != _JOURNAL:
+            remove(child)
+    (folder / _JOURNAL).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a directory with all that is in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

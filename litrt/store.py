@@ -20,9 +20,9 @@ from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore, StorePath, ZipStore
 
 from litrt import documents
-from litrt.arrays import litrt_attributes, node_name, size_of_chunks
+from litrt.arrays import METADATA, litrt_attributes, node_name, size_of_chunks
 from litrt.checked import CheckedStore
-from litrt.errors import StoreError, WeightNotFoundError
+from litrt.errors import CorruptWeightError, StoreError, WeightNotFoundError
 from litrt.links import link_out
 from litrt.tensors import TensorInfo, check_array, check_is_there, info_of_array, info_of_files, refusing
 from litrt.zips import is_zip, member_sizes
@@ -37,6 +37,13 @@ _MOST_MISSING = 1000
 """Weights that are looked for in vain before the others are not looked for."""
 
 _CLOSE_S = 1.0
+
+
+_MOST_UNCHECKED = 1 << 10
+"""Chunks of which each may be missing where damaged weights are set aside: of more, an error for each takes memory."""
+
+_MOST_UNCHECKED_BYTES = 1 << 28
+"""Bytes of such a chunk, decoded: readers have addresses for the largest."""
 
 
 class Store(Mapping[str, TensorInfo]):
@@ -137,24 +144,70 @@ def open_store(path: str | os.PathLike[str] | ZarrStore | StorePath) -> Store:
         StoreError: If there is no store, if it is incomplete, or if its format is newer than this version
             reads.
     """
+    return _open(path, None)
+
+
+def open_damaged(
+    path: str | os.PathLike[str] | ZarrStore | StorePath,
+) -> tuple[Store, dict[str, CorruptWeightError]]:
+    """Opens a store as `open_store` does, but for weights that are damaged, which it sets aside.
+
+    Chunks that litrt reads itself may be missing, all of a weight included.
+
+    Returns:
+        The store without the weights of which the metadata is damaged or lost, and those, each with what is wrong.
+
+    Raises:
+        StoreError: If there is no store, or what is damaged is what says which weights there are.
+    """
+    lost: dict[str, CorruptWeightError] = {}
+    return _open(path, lost), lost
+
+
+def is_store(folder: Path) -> bool:
+    """Says whether a folder is a store of litrt, complete or not, whole or damaged.
+
+    The attributes of the group say so. Where its metadata cannot be read, the arrays do, if there is nothing else.
+    """
+    documents_of_group = [_read_or_none(folder / key) for key in ("zarr.json", ".zgroup")]
+    if any(document is not None for document in documents_of_group):
+        attributes = (documents_of_group[0] or {}).get("attributes") or _read_or_none(folder / ".zattrs")
+        return "format" in litrt_attributes(attributes)
+    children = [child for child in folder.iterdir() if child.name not in METADATA]
+    if not all(child.is_dir() and not child.is_symlink() for child in children):
+        return False
+    arrays = {child.name: document for child in children if (document := _read_or_none(child / "zarr.json"))}
+    names = {node: litrt_attributes(document.get("attributes")).get("name") for node, document in arrays.items()}
+    return bool(names) and all(isinstance(name, str) and node_name(name) == node for node, name in names.items())
+
+
+def _read_or_none(file: Path) -> dict[str, Any] | None:
+    try:
+        return documents.read(file)
+    except (StoreError, OSError):
+        return None
+
+
+def _open(path: str | os.PathLike[str] | ZarrStore | StorePath, lost: dict[str, CorruptWeightError] | None) -> Store:
+    """Opens a store; gives `lost`, where there is one, the weights that cannot be, which are errors otherwise."""
     label = str(path) if isinstance(path, ZarrStore | StorePath) else os.fspath(path)
     local = None if isinstance(path, ZarrStore | StorePath) or "://" in label else Path(label)
     if local is not None and not local.exists():
         raise StoreError(f"{label} does not exist: make a store with litrt convert CHECKPOINT {label}.")
     if local is not None and local.is_dir() and (local / "zarr.json").is_file():
-        return _open_local(label, local.absolute())
+        return _open_local(label, local.absolute(), lost)
     if local is not None and not is_zip(local) and not (local / ".zgroup").is_file():
         raise _not_a_store(label)
     if local is not None and local.suffix in {".bin", ".pt", ".pth", ".ckpt"}:
         raise _not_a_store(label)  # torch's checkpoints are zip files too
-    return _open_zarr(label, path)
+    return _open_zarr(label, path, lost)
 
 
 def _not_a_store(label: str) -> StoreError:
     return StoreError(f"{label} is not a litrt store: make one with litrt convert {label} NEW.zarr.")
 
 
-def _open_local(label: str, root: Path) -> Store:
+def _open_local(label: str, root: Path, lost: dict[str, CorruptWeightError] | None) -> Store:
     looked_at: set[str] = set()
 
     def check_inside(file: str) -> None:
@@ -193,14 +246,46 @@ def _open_local(label: str, root: Path) -> Store:
                     group.append(open_group())
                 through_zarr = group[0][node]
                 found = info_of_array(label, name, through_zarr, limits)
-        if found.is_large:
+        is_small = found.n_chunks <= _MOST_UNCHECKED and found.chunk_bytes <= _MOST_UNCHECKED_BYTES
+        if found.is_large and (lost is None or through_zarr is not None or not is_small):
             check_is_there(label, found, *size_of_chunks(root / found.path), through_zarr)
         return found
 
-    return _make_store(label, document.get("attributes", {}), info, open_group, root=str(root))
+    find = info if lost is None else _setting_aside(info, lost, str(root), (StoreError, OSError))
+    return _make_store(label, document.get("attributes", {}), find, open_group, root=str(root), lost=lost)
 
 
-def _open_zarr(label: str, path: str | os.PathLike[str] | ZarrStore | StorePath) -> Store:
+def _setting_aside(
+    find: Callable[[str], TensorInfo | None],
+    lost: dict[str, CorruptWeightError],
+    root: str,
+    errors: tuple[type[Exception], ...],
+) -> Callable[[str], TensorInfo | None]:
+    """Returns `find`, with errors that go to `lost` in place of being raised."""
+
+    def find_or_lose(name: str) -> TensorInfo | None:
+        file = os.path.join(root, node_name(name), "zarr.json")
+        try:
+            info = find(name)
+            if info is None:
+                what = f"{file} is missing, or is no metadata. Run litrt convert again."
+            elif info.n_chunks > _MOST_CHUNKS:
+                what = f"{file} says that it has {info.n_chunks} chunks, and it may have {_MOST_CHUNKS}."
+            else:
+                return info
+        except errors as error:
+            what = str(error)
+        lost[name] = CorruptWeightError(f"weight {name!r}: {what}", name=name, file=file)
+        return None
+
+    return find_or_lose
+
+
+def _open_zarr(
+    label: str,
+    path: str | os.PathLike[str] | ZarrStore | StorePath,
+    lost: dict[str, CorruptWeightError] | None,
+) -> Store:
     limits: dict[str, int] = {}
     is_path = not isinstance(path, ZarrStore | StorePath) and "://" not in label
     with refusing(label):
@@ -247,9 +332,10 @@ def _open_zarr(label: str, path: str | os.PathLike[str] | ZarrStore | StorePath)
         others = aliases if isinstance(aliases, dict) else {}
         names = told if isinstance(told, list) and _are_strings(told) else []
         listed = [name for name in dict.fromkeys(names) if name not in others]
+        find = fetch if lost is None else _setting_aside(fetch, lost, "", (StoreError,))
         with ThreadPoolExecutor(16) as pool:
-            infos = dict(zip(listed, pool.map(fetch, listed), strict=True))
-        return _make_store(label, attributes, infos.get, open_group, root=None)
+            infos = dict(zip(listed, pool.map(find, listed), strict=True))
+        return _make_store(label, attributes, infos.get, open_group, root=None, lost=lost)
     finally:
         group.store.close()
 
@@ -269,6 +355,7 @@ def _make_store(
     open_group: Callable[[], zarr.Group],
     *,
     root: str | None,
+    lost: dict[str, CorruptWeightError] | None,
 ) -> Store:
     header = litrt_attributes(attributes)
     version, aliases = header.get("format"), header.get("aliases", {})
@@ -295,7 +382,9 @@ def _make_store(
     for info in infos.values():
         if info.n_chunks > _MOST_CHUNKS:
             raise StoreError(f"{label}: {info.name!r} has {info.n_chunks} chunks, and may have {_MOST_CHUNKS}.")
-    n_missing += sum(target not in infos for target in aliases.values())
+    if lost is not None and n_missing < _MOST_MISSING:
+        n_missing = 0
+    n_missing += sum(target not in infos for target in aliases.values() if lost is None or target not in lost)
     if n_missing or header.get("complete") is not True:
         more = "at least " * (n_missing >= _MOST_MISSING)
         shortfall = f"{more}{n_missing} of {len(names)} weights are missing" if n_missing else "it was not finished"
@@ -308,9 +397,9 @@ def _make_store(
     compression = header.get("compression")
     return Store(
         label,
-        names,
+        [name for name in names if aliases.get(name, name) in infos],
         infos,
-        dict(aliases),
+        {alias: target for alias, target in aliases.items() if target in infos},
         root=root,
         open_group=open_group,
         compression=compression if isinstance(compression, dict) else None,

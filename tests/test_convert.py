@@ -499,11 +499,71 @@ def test_what_is_not_a_store_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
     (tmp_path / "file").write_text("x")
-    for name in ("home", "file"):
-        with pytest.raises(StoreError, match=f"{name} exists and is not a store, so that it is not overwritten"):
+    zarr.open_group(tmp_path / "group", mode="w").create_array("w", shape=(3,), dtype="f4")
+    zarr.open_group(tmp_path / "old", mode="w", zarr_format=2).create_array("w", shape=(3,), dtype="f4")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("home", "file", "group", "old"):
+        with pytest.raises(StoreError, match=f"{name} exists and is not a store of litrt, so that it is not overwritt"):
             convert(example(), tmp_path / name, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(StoreError, match=r"cannot write to s3://bucket/s\.zarr: convert to a local directory"):
         convert(example(), "s3://bucket/s.zarr")
+
+
+@pytest.mark.parametrize("content", [None, "", "{", '{"attributes": {"litrt": {"format": 7}}}'])
+def test_a_damaged_store_may_be_overwritten(content: str | None, tmp_path: Path) -> None:
+    convert({"a/b": torch.ones(3), "c": torch.ones(3)}, tmp_path / "s.zarr", progress=False)
+    (tmp_path / "s.zarr" / "zarr.json").unlink()
+    if content is not None:
+        (tmp_path / "s.zarr" / "zarr.json").write_text(content)
+    (tmp_path / "s.zarr" / "c" / "zarr.json").unlink()
+    assert_holds(convert(made := example(), tmp_path / "s.zarr", overwrite=True, progress=False), made)
+
+
+def test_a_store_of_other_things_too_that_does_not_say_what_it_is_is_not_overwritten(tmp_path: Path) -> None:
+    convert(example(), tmp_path / "s.zarr", progress=False)
+    (tmp_path / "s.zarr" / "zarr.json").unlink()
+    (tmp_path / "s.zarr" / "thesis.tex").write_text("x")
+    with pytest.raises(StoreError, match="is not a store of litrt"):
+        convert(example(), tmp_path / "s.zarr", overwrite=True, progress=False)
+    assert (tmp_path / "s.zarr" / "thesis.tex").exists()
+
+
+def test_a_path_through_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("x")
+    for path in ("t.txt/s.zarr", "t.txt/more/s.zarr"):
+        with pytest.raises(StoreError, match=r"cannot write .*s\.zarr: .*t\.txt is no directory\. Choose another path"):
+            convert(example(), tmp_path / path, progress=False)
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("inside", ["s.zarr", "layers/s.zarr"])
+def test_a_store_in_the_group_that_it_is_made_of_is_refused(zarr_format: Any, inside: str, tmp_path: Path) -> None:
+    group = zarr.open_group(tmp_path / "g", mode="w", zarr_format=zarr_format)
+    group.create_array("layers/w", shape=(3,), dtype="f4")[...] = np.ones(3)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        StoreError, match=r"cannot write .*s\.zarr into .*g, which it is made of, and of which all is re"
+    ):
+        convert([tmp_path / "g", {"x": torch.ones(1)}], tmp_path / "g" / inside, progress=False)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert_holds(convert(made := example(), tmp_path / "g" / inside, progress=False), made)
+
+
+def test_a_store_in_the_folder_of_its_checkpoint_is_written(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "model.safetensors", weights := example())
+    assert_holds(convert(tmp_path, tmp_path / "s.zarr", progress=False), weights)
+
+
+@pytest.mark.parametrize("name", ["int4", "bits16"])
+def test_a_dtype_that_cannot_be_stored_is_named_before_anything_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zarr, "create_group", None)
+    weights = {"a": torch.ones(3), "b": torch.zeros(8, dtype=torch.uint8).view(getattr(torch, name))}
+    with pytest.raises(TypeError, match=f"'b' has dtype torch.{name}, which litrt cannot store"):
+        convert(weights, tmp_path / "s.zarr", progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 class Interrupted(Lazy):

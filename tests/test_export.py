@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +24,7 @@ from litrt.convert import convert
 from litrt.export import export
 from litrt.lazy import lazy_state_dict
 from litrt.reader import Reader
+from litrt.staging import new_file
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
@@ -65,7 +70,7 @@ def test_a_store_goes_back_to_a_file_bit_for_bit(
     assert dict(again) == dict(store)
     with safe_open(tmp_path / "back.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_every_name_has_its_values(tmp_path: Path) -> None:
@@ -83,7 +88,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.
     file.write_text("mine")
     with pytest.raises(litrt.StoreError, match="exists: choose another path, or pass overwrite=True"):
         export(store, file)
-    with pytest.raises(litrt.StoreError, match=r"exists: choose another path\."):
+    with pytest.raises(litrt.StoreError, match=r"exists, and is a folder: choose another path\."):
         export(store, tmp_path, overwrite=True)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**12, free=4000))
@@ -95,7 +100,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(litrt.CorruptWeightError):
         export(store, file, overwrite=True, progress=False)
     assert file.read_text() == "mine"
-    assert not list(tmp_path.glob("*.partial"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors", "s.zarr"]
     other = convert({"w": torch.ones(2, dtype=torch.complex128)}, tmp_path / "o.zarr", progress=False)
     with pytest.raises(litrt.StoreError, match="safetensors has no dtype complex128, which 'w' has"):
         export(other, tmp_path / "other.safetensors")
@@ -104,13 +109,111 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.
         export(named, tmp_path / "other.safetensors")
 
 
+def test_pairs_of_four_bits_are_counted_as_numbers(tmp_path: Path) -> None:
+    pairs = torch.arange(24, dtype=torch.uint8).view(torch.float4_e2m1fn_x2).reshape(4, 6)
+    store = convert({"w": pairs, "x": torch.ones(3)}, tmp_path / "s.zarr", progress=False)
+    found = load_file(export(store, tmp_path / "m.safetensors", progress=False))
+    assert same(found["w"], pairs)
+    assert same(found["x"], torch.ones(3))
+    scalar = convert({"w": pairs[0, 0]}, tmp_path / "t.zarr", progress=False)
+    with pytest.raises(litrt.StoreError, match=r"no scalar of float4_e2m1fn_x2, .* and 'w' is one: reshape it"):
+        export(scalar, tmp_path / "t.safetensors")
+
+
+def test_two_exports_to_one_file_do_not_meet(tmp_path: Path) -> None:
+    store = convert({"w": torch.ones(9)}, tmp_path / "s.zarr", progress=False)
+    file = tmp_path / "m.safetensors"
+    with new_file(file) as out:
+        out.write(b"of the other one")
+        for overwrite in (False, True):
+            with pytest.raises(litrt.StoreError, match=r"m\.safetensors is being written by another export: wait for"):
+                export(store, file, overwrite=overwrite, progress=False)
+    assert file.read_bytes() == b"of the other one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors", "s.zarr"]
+
+
+KILLED = """
+import os, sys
+from litrt import export, reader
+reader.Reader.read_part = lambda *_: os._exit(9)
+export(sys.argv[1], sys.argv[2], progress=False)
+"""
+
+
+def test_what_a_killed_export_has_left_does_not_block_the_next(tmp_path: Path) -> None:
+    store = convert({"w": torch.ones(90_000)}, tmp_path / "s.zarr", progress=False)
+    file = tmp_path / "m.safetensors"
+    done = subprocess.run([sys.executable, "-c", KILLED, store.path, str(file)], check=False)
+    assert done.returncode == 9
+    assert len(list(tmp_path.iterdir())) == 2
+    export(store, file, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors", "s.zarr"]
+
+
+def test_a_file_that_got_its_name_before_its_export_was_killed_is_not_emptied(tmp_path: Path) -> None:
+    with new_file(tmp_path / "m") as out:
+        out.write(b"first")
+    os.link(tmp_path / "m", tmp_path / ".m.litrt-partial")  # as where names are given by links
+    (tmp_path / "m").rename(tmp_path / "kept")
+    with new_file(tmp_path / "m") as out:
+        out.write(b"second")
+    assert (tmp_path / "kept").read_bytes() == b"first"
+    assert (tmp_path / "m").read_bytes() == b"second"
+
+
+@pytest.mark.parametrize("is_linux", [True, False])
+def test_a_file_that_appears_meanwhile_is_not_replaced(
+    is_linux: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_linux:
+        monkeypatch.setattr("litrt.staging._rename", lambda *_: False)
+    store = convert({"w": torch.ones(9)}, tmp_path / "s.zarr", progress=False)
+    file = tmp_path / "m.safetensors"
+    export(store, file, progress=False)
+    file.unlink()
+    read = Reader.read_part
+
+    def meanwhile(*args: Any) -> None:
+        file.write_text("mine")
+        read(*args)
+
+    monkeypatch.setattr(Reader, "read_part", meanwhile)
+    with pytest.raises(litrt.StoreError, match=r"m\.safetensors exists, which it did not before: choose another path"):
+        export(store, file, progress=False)
+    assert file.read_text() == "mine"
+    export(store, file, overwrite=True, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors", "s.zarr"]
+
+
+def test_a_file_that_is_called_partial_is_the_users(tmp_path: Path) -> None:
+    store = convert({"w": torch.ones(9)}, tmp_path / "s.zarr", progress=False)
+    (tmp_path / "m.safetensors.partial").write_text("mine")
+    export(store, tmp_path / "m.safetensors", progress=False)
+    assert (tmp_path / "m.safetensors.partial").read_text() == "mine"
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     convert({"w": torch.ones(1000)}, tmp_path / "s.zarr", progress=False)
     arguments = ["export", str(tmp_path / "s.zarr"), str(tmp_path / "m.safetensors")]
     assert main(arguments) == 0
     assert "m.safetensors: 4.1" in capsys.readouterr().out
     assert main(arguments) == 2
+    assert "m.safetensors exists: choose another path, or pass --overwrite to replace it" in capsys.readouterr().err
     assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_a_disk_that_takes_no_more_is_said_of_a_file(tmp_path: Path) -> None:
+    store = convert({"w": torch.ones(90_000)}, tmp_path / "s.zarr", progress=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*m\.safetensors'"):
+            export(store, tmp_path / "m.safetensors", progress=False)
+        with pytest.raises(OSError, match=r"File too large: '.*t\.zarr\.partial"):
+            convert({"w": torch.ones(90_000)}, tmp_path / "t.zarr", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]
 
 
 # Lazy.

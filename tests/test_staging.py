@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ from litrt.compression import Measured
 from litrt.convert import convert
 from litrt.errors import StoreError
 from litrt.reader import Reader
-from litrt.staging import Staging, exchange
+from litrt.staging import Staging, exchange, remove
 from litrt.store import open_store
 
 convert_module = importlib.import_module("litrt.convert")  # behind the function of that name
@@ -342,6 +343,84 @@ def test_one_that_waited_sees_what_the_other_one_made(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "s.zarr"]
 
 
+@pytest.mark.parametrize("kind", ["folder", "group", "link", "file", "link to nothing"])
+def test_what_is_in_the_way_and_not_of_litrt_is_not_removed(kind: str, source: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "s.zarr.partial"
+    if kind == "folder":
+        partial.mkdir()
+        (partial / "thesis.tex").write_text("x")
+    elif kind == "group":
+        write_zarr(partial, {"w": torch.ones(3)})
+    elif kind == "file":
+        partial.write_text("x")
+    else:
+        partial.symlink_to(tmp_path / "mine")
+        if kind == "link":
+            (tmp_path / "mine").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StoreError, match=r"s\.zarr\.partial is in the way and .*: move it, or choose another path"):
+        convert(source, tmp_path / "s.zarr", progress=False)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_is_not_in_the_way(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "s.zarr.partial").mkdir()
+    assert len(convert(source, tmp_path / "s.zarr", progress=False)) == N_TENSORS
+
+
+@pytest.mark.parametrize("is_linux", [True, False])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_appears_meanwhile_is_not_replaced(
+    kind: str, is_linux: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_linux:
+        monkeypatch.setattr("litrt.staging._rename", lambda *_: False)
+    target = tmp_path / "s.zarr"
+    with Staging(target, None) as staging:
+        staging.begin()
+        if kind == "file":
+            target.write_text("mine")
+        else:
+            target.mkdir()
+            (target / "thesis.tex").write_text("mine")
+        with pytest.raises(StoreError, match=r"s\.zarr exists, which it did not before: choose another path"):
+            staging.publish()
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
+
+
+@pytest.mark.parametrize("key", [None, "key"])
+def test_a_removal_that_is_killed_leaves_what_the_next_one_knows(
+    key: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is removed is a store that has been replaced, and then what a failed conversion has written."""
+    target, whole = tmp_path / "s.zarr", {"a": torch.ones(3), "b": torch.ones(3)}
+    convert(whole, target, progress=False)
+
+    def killed_after(n_removed: int) -> Callable[[Path], None]:
+        removed: list[Path] = []
+
+        def remove_or_fail(path: Path) -> None:
+            if len(removed) == n_removed:
+                raise KeyboardInterrupt
+            removed.append(path)
+            remove(path)
+
+        return remove_or_fail
+
+    for n_removed in range(3):
+        monkeypatch.setattr("litrt.staging.remove", killed_after(n_removed))
+        with pytest.raises(KeyboardInterrupt):
+            convert(whole, target, overwrite=True, progress=False)
+        assert (tmp_path / "s.zarr.partial").exists()
+        monkeypatch.undo()
+        with Staging(target, key) as staging:
+            monkeypatch.setattr("litrt.staging.remove", killed_after(1))
+            with contextlib.suppress(KeyboardInterrupt):
+                staging.begin()
+            monkeypatch.undo()
+        assert not (tmp_path / "s.zarr.partial").exists()
+
+
 def test_a_store_is_replaced_in_one_step_where_the_system_can(tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
@@ -362,3 +441,9 @@ def test_without_that_it_is_replaced_in_two(source: Path, tmp_path: Path, monkey
     convert(source, tmp_path / "s.zarr", overwrite=True, progress=False)
     assert tree(tmp_path / "s.zarr") == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "s.zarr", "whole.zarr"]
+    (tmp_path / "s.zarr.replaced").mkdir()
+    (tmp_path / "s.zarr.replaced" / "thesis.tex").write_text("mine")
+    convert(source, tmp_path / "s.zarr", overwrite=True, progress=False)
+    assert tree(tmp_path / "s.zarr") == expected
+    assert tree(tmp_path / "s.zarr.replaced") == {"thesis.tex": b"mine"}
+    assert len(list(tmp_path.iterdir())) == 4
