@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.run(arguments)
     except (LitrtError, OSError, TypeError, ValueError) as error:
-        print(f"litrt {arguments.command}: {error}", file=sys.stderr)
+        # What a caller passes to a function is an option here.
+        message = str(error).replace("pass overwrite=True", "pass --overwrite")
+        print("\n".join(map(_printable, f"litrt {arguments.command}: {message}".split("\n"))), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if arguments.command == "convert":
@@ -162,7 +164,7 @@ def _repair(arguments: argparse.Namespace, key_map: dict[str, str | None] | None
         raise ValueError("--repair writes what was there: use it without --dtype, --compress and --overwrite.")
     repaired = repair(arguments.source, arguments.store, key_map=key_map, progress=not arguments.quiet)
     for error in repaired:
-        print(f"{error.file} was damaged, and is written again")
+        print(f"{_printable(error.file)} was damaged, and is written again")
     print(f"{arguments.store}: {len(repaired)} repaired" if repaired else f"{arguments.store}: nothing is damaged")
     return 0
 
@@ -183,28 +185,28 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if not arguments.all:
         shown = sorted(shown, key=lambda info: -info.nbytes)[:10]
         print(f"  the {len(shown)} largest:")
-    width = max((len(info.name) for info in shown), default=0)
+    printable = {info.name: _printable(info.name) for info in shown}
+    width = max(map(len, printable.values()), default=0)
     for info in shown:
-        dtype = str(info.dtype).removeprefix("torch.")
-        print(f"  {info.name:<{width}}  {format_bytes(info.nbytes):>10}  {dtype:<14}  {tuple(info.shape)}")
+        name, dtype = printable[info.name], str(info.dtype).removeprefix("torch.")
+        print(f"  {name:<{width}}  {format_bytes(info.nbytes):>10}  {dtype:<14}  {tuple(info.shape)}")
     if arguments.all:
         for alias, name in store.aliases.items():
-            print(f"  {alias} is {name}")
+            print(f"  {_printable(alias)} is {_printable(name)}")
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    store = open_store(arguments.store)
-    damaged = verify(store, progress=not arguments.quiet)
+    damaged = verify(arguments.store, progress=not arguments.quiet)
     for error in damaged:
-        print(error)
-    n_weights = len({error.name for error in damaged})
-    print(
-        f"{store.path}: {len(damaged)} chunks of {n_weights} weights are damaged"
-        if damaged
-        else f"{store.path}: all {len(store) - len(store.aliases)} weights are whole, {format_bytes(store.total_bytes)}"
-    )
-    return 1 if damaged else 0
+        print(_printable(str(error)))
+    if damaged:
+        n_weights = len({error.name for error in damaged})
+        print(f"{arguments.store}: {len(damaged)} files of {n_weights} weights are damaged")
+        return 1
+    store = open_store(arguments.store)
+    print(f"{store.path}: all {len(store) - len(store.aliases)} weights are whole, {format_bytes(store.total_bytes)}")
+    return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -215,7 +217,12 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _print_compression(store: Store) -> None:
     for line in report(store.compression) if store.compression is not None else ():
-        print(f"  {line}")
+        print(f"  {_printable(line)}")
+
+
+def _printable(text: str) -> str:
+    """Returns text that somebody else may have written, with escapes for what would move or hide what is printed."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

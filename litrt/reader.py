@@ -122,8 +122,12 @@ class Reader:
         info = self.store[name]
         pieces = self._pieces.get(info.name)
         if pieces is None:
+            pieces = tuple(cut(info, self.store.root))
+            looked_at: set[str] = set()
+            for piece in pieces:
+                check_link(piece, self.store.root, looked_at)
             # Two threads may both make them; they are equal, so the second changes nothing.
-            pieces = self._pieces[info.name] = tuple(_cut(info, self.store.root))
+            self._pieces[info.name] = pieces
         return pieces
 
     def read(self, piece: Piece, dest: Bytes) -> None:
@@ -269,14 +273,28 @@ class Reader:
             array.get_basic_selection(tuple(source), out=NDBuffer.from_numpy_array(band[place]))
 
 
-def _cut(info: TensorInfo, root: str | None) -> list[Piece]:
+def check_link(piece: Piece, root: str | None, looked_at: set[str]) -> None:
+    """Raises a CorruptWeightError where a link on the way to a chunk file leads out of the store.
+
+    Args:
+        piece: The piece of the chunk.
+        root: The directory of the store.
+        looked_at: Paths that have been looked at, which this adds to.
+    """
+    if root is not None and piece.file.startswith(root + os.sep):
+        link = link_out(root, piece.file, looked_at)
+        if link is not None:
+            raise corrupt(piece, f"cannot be read, as {link} is a link that leads out of the store")
+
+
+def cut(info: TensorInfo, root: str | None) -> list[Piece]:
+    """Returns the pieces of a tensor in order, without a look at their files."""
     if not info.nbytes:
         return []
     axis = lead_axis(info.shape)
     rows = info.shape[axis] if info.shape else 1
     row_bytes = info.nbytes // rows
     pieces = []
-    looked_at: set[str] = set()
     for index, first in enumerate(range(0, rows, info.chunk_rows)):
         file = info.path
         if (info.direct or info.packed) and root is not None:
@@ -286,8 +304,6 @@ def _cut(info: TensorInfo, root: str | None) -> list[Piece]:
             file = os.path.join(root, info.path, "c", *indices)
         n_rows = min(info.chunk_rows, rows - first)
         pieces.append(Piece(info.name, first * row_bytes, n_rows * row_bytes, file, index))
-        if file is not info.path and root is not None and (link := link_out(root, file, looked_at)) is not None:
-            raise corrupt(pieces[-1], f"cannot be read, as {link} is a link that leads out of the store")
     return pieces
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +18,11 @@ from litrt.checkpoint import SourceLike, open_source
 from litrt.convert import values_of, write_rows
 from litrt.crc import Bytes, extend_crc
 from litrt.errors import CorruptWeightError, StoreChangedError, StoreError
-from litrt.reader import Piece, Reader
+from litrt.links import link_out
+from litrt.reader import Piece, Reader, check_link, cut
 from litrt.source import KeyMap, Source, renamed
-from litrt.staging import sync
-from litrt.store import Store, open_store
+from litrt.staging import remove, sync
+from litrt.store import Store, open_damaged, open_store
 from litrt.tensors import TensorInfo
 from litrt.verify import check_piece, verify
 
@@ -50,14 +50,22 @@ def repair(
 
     Raises:
         StoreError: If `store` is no store in a directory, or its metadata is damaged, which `litrt.convert` has to
-            write anew; or if a damaged weight is not the one that `source` has. What was repaired until then stays so.
+            write anew, as it has chunks that litrt does not read itself; or if a damaged weight is not the one that
+            `source` has. What was repaired until then stays so.
         FileNotFoundError: If there is no file `source`.
         CorruptWeightError: If a file of `source` is truncated, or what was written cannot be read.
     """
-    opened = open_store(store)
+    opened, lost = open_damaged(store)
     if opened.root is None:
         raise StoreError(f"cannot repair {opened.path}: repair a local directory, and copy that.")
+    for error in lost.values():
+        raise StoreError(f"cannot repair {opened.path}, as not only chunks of it are damaged: {error}")
     damaged = verify(opened, progress=progress)
+    for error in damaged:
+        if not (opened[error.name].direct or opened[error.name].packed):
+            raise StoreError(
+                f"cannot repair {opened.path}, as litrt does not read the chunks of {error.name!r} itself: {error}"
+            )
     if damaged:
         with open_source(source) as checkpoint:
             if key_map is not None:
@@ -77,7 +85,7 @@ def _repair(source: Source, reader: Reader, group: zarr.Group, info: TensorInfo,
     assert root is not None
     values = _values(source, reader.store, info)
     metadata = os.path.join(root, info.path, "zarr.json")
-    pieces = reader.pieces(info.name)
+    pieces = cut(info, root)
     are_sums_damaged = _check_source(reader, info, values, metadata in files)
     array = group[info.path]
     assert isinstance(array, zarr.Array), "open_store refuses groups"
@@ -85,11 +93,14 @@ def _repair(source: Source, reader: Reader, group: zarr.Group, info: TensorInfo,
         if piece.file not in files:
             continue
         file = Path(piece.file)
-        if file.is_dir():
-            shutil.rmtree(file)
-        file.unlink(missing_ok=True)  # or zarr-python would read it first
+        folders = [folder for folder in file.parents if Path(root, info.path) in folder.parents]
+        for folder in reversed(folders):
+            if os.path.lexists(folder) and (not folder.is_dir() or link_out(root, str(folder), set()) is not None):
+                remove(folder)
+        if os.path.lexists(file):
+            remove(file)  # or zarr-python would read it first
         _write_chunk(array, info, piece, values)
-        for path in (file, file.parent):
+        for path in (file, *folders, Path(root, info.path)):
             sync(path)
     if are_sums_damaged:
         _write_sums(array, info, pieces, values)
@@ -126,10 +137,12 @@ def _check_source(reader: Reader, info: TensorInfo, values: Bytes, are_sums_dama
     A chunk that is whole and has the source's values, while the checksum that is kept apart from it differs, says that
     this one is damaged.
     """
-    pieces = reader.pieces(info.name)
+    pieces = cut(info, reader.store.root)
+    looked_at: set[str] = set()
     for piece in pieces:
         memory = np.empty(piece.nbytes, dtype=np.uint8)
         try:
+            check_link(piece, reader.store.root, looked_at)
             reader.read_part(piece, memory)
         except StoreChangedError:
             if np.array_equal(memory, values[piece.offset : piece.offset + piece.nbytes]):

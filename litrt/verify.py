@@ -15,8 +15,8 @@ from litrt.compression import n_processors
 from litrt.crc import Bytes, extend_crc
 from litrt.errors import CorruptWeightError, StoreChangedError
 from litrt.progress import Progress
-from litrt.reader import Piece, Reader
-from litrt.store import Store, open_store
+from litrt.reader import Piece, Reader, check_link, cut
+from litrt.store import Store, open_damaged
 
 _MOST_THREADS = 8
 
@@ -34,22 +34,16 @@ def verify(
 
     Returns:
         An error for everything that is missing, short, unreadable or not what its checksums say, in the order of the
-        store, but for weights that are reached through a link out of the store, which come first. Each has the name of
-        the weight and the file: `error.name`, `error.file`.
+        store, but for weights of which the metadata is damaged, which come first. Each has the name of the weight and
+        the file: `error.name`, `error.file`.
 
     Raises:
-        StoreError: If there is no store, or what says what is in it is damaged.
+        StoreError: If there is no store, or what says which weights are in it is damaged.
     """
-    opened = store if isinstance(store, Store) else open_store(store)
+    opened, lost = (store, {}) if isinstance(store, Store) else open_damaged(store)
     reader = Reader(opened)
-    pieces: list[Piece] = []
-    unreadable: list[CorruptWeightError] = []
-    for name in opened:
-        try:
-            pieces += reader.pieces(name) if name not in opened.aliases else ()
-        except CorruptWeightError as error:
-            unreadable.append(error)
-    memory = _Memory()
+    pieces = [piece for name in opened if name not in opened.aliases for piece in cut(opened[name], opened.root)]
+    memory, looked_at = _Memory(), set[str]()
     try:
         with (
             Progress(os.path.basename(opened.path.rstrip("/")), opened.total_bytes, shown=progress) as bar,
@@ -57,11 +51,15 @@ def verify(
         ):
 
             def check(piece: Piece) -> CorruptWeightError | None:
-                error = check_piece(reader, piece, memory.of(piece.nbytes))
-                bar.add(piece.nbytes)
-                return error
+                try:
+                    check_link(piece, opened.root, looked_at)
+                    return check_piece(reader, piece, memory.of(piece.nbytes))
+                except CorruptWeightError as error:
+                    return error
+                finally:
+                    bar.add(piece.nbytes)
 
-            return unreadable + [error for error in pool.map(check, pieces) if error is not None]
+            return [*lost.values()] + [error for error in pool.map(check, pieces) if error is not None]
     finally:
         reader.close()
 

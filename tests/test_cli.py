@@ -39,7 +39,7 @@ def test_convert_refuses_to_replace_a_store_unless_told(checkpoint, tmp_path, ca
     target = str(tmp_path / "model.zarr")
     assert main(["convert", str(checkpoint), target, "--quiet"]) == 0
     assert main(["convert", str(checkpoint), target, "--quiet"]) == 2
-    assert "overwrite" in capsys.readouterr().err
+    assert "model.zarr exists: choose another path, or pass --overwrite to replace it" in capsys.readouterr().err
     assert main(["convert", str(checkpoint), target, "--quiet", "--overwrite"]) == 0
 
 
@@ -60,6 +60,21 @@ def test_inspect_lists_weights_and_aliases(checkpoint, tmp_path, capsys):
     assert "2 weights, 56 bytes, 1 aliases" in out
     assert re.search(r"weight\s+48 bytes\s+float32\s+\(3, 4\)", out)
     assert "tied is weight" in out
+
+
+def test_what_a_name_would_do_to_the_terminal_is_escaped(tmp_path, capsys):
+    weight = torch.ones(2)
+    name = "w\n  fake\x1b[31m\u202e"
+    store = litrt.convert({name: weight, f"{name}2": weight}, tmp_path / "model.zarr", progress=False)
+    for arguments in (["inspect", "--all", store.path], ["verify", "--quiet", store.path]):
+        main(arguments)
+        out = capsys.readouterr().out
+        assert "\x1b" not in out
+        assert "\u202e" not in out
+        assert "\n  fake" not in out
+    main(["inspect", "--all", store.path])
+    out = capsys.readouterr().out
+    assert r"w\n  fake\x1b[31m\u202e2 is w\n  fake\x1b[31m\u202e" in out
 
 
 def test_inspect_of_something_else_says_what_to_do(tmp_path, capsys):

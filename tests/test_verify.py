@@ -196,6 +196,112 @@ def test_a_store_that_is_read_through_zarr_python(tmp_path: Path) -> None:
     assert error.name in store
 
 
+def lose_chunks(array: Path) -> None:
+    shutil.rmtree(array / "c")
+
+
+def empty_chunks(array: Path) -> None:
+    for file in array.joinpath("c").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+
+
+CHUNKS_LOST: dict[str, Callable[[Path], object]] = {
+    "two of them": lambda array: [(array / "c" / str(row) / "0").unlink() for row in (0, 1)],
+    "their folder": lose_chunks,
+    "their bytes": empty_chunks,
+    "their folder, for a file": lambda array: (lose_chunks(array), (array / "c").write_text("x")),
+    "a link to a chunk elsewhere": lambda array: move_out(array / "c" / "1" / "0"),
+    "a link to all elsewhere": lambda array: move_out(array / "c"),
+}
+
+
+def move_out(path: Path) -> None:
+    """Leaves a link to where something was moved, out of the store."""
+    elsewhere = Path(str(path).partition("s.zarr")[0]) / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+METADATA_LOST: dict[str, Callable[[Path], object]] = {
+    "emptied": lambda array: (array / "zarr.json").write_text(""),
+    "other": lambda array: (array / "zarr.json").write_text("[]"),
+    "senseless": lambda array: (array / "zarr.json").write_text('{"zarr_format": 3, "node_type": "array"}'),
+    "gone": lambda array: (array / "zarr.json").unlink(),
+    "gone with all": shutil.rmtree,
+}
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns a store with a weight that is looked for before it is believed in."""
+    monkeypatch.setattr("litrt.tensors.LARGE_BYTES", 1 << 19)
+    convert(weights(), tmp_path / "s.zarr", progress=False)
+    return tmp_path / "s.zarr"
+
+
+@pytest.mark.parametrize("kind", CHUNKS_LOST)
+def test_a_weight_that_has_lost_most_of_its_chunks_is_named_and_written_again(kind: str, large: Path) -> None:
+    before = {file: file.read_bytes() for file in large.rglob("*") if file.is_file()}
+    change(large / "mask" / "c" / "0")
+    CHUNKS_LOST[kind](large / "large")
+    outside = {file: file.read_bytes() for file in (large.parent / "elsewhere").rglob("*") if file.is_file()}
+    found = {(error.name, error.file) for error in verify(large, progress=False)}
+    assert ("mask", str(large / "mask" / "c" / "0")) in found
+    assert {name for name, _ in found} == {"large", "mask"}
+    if kind != "a link to a chunk elsewhere":
+        assert {file for name, file in found if name == "large"} == {
+            str(large / "large" / "c" / row / "0") for row in "01"
+        }
+    assert {(error.name, error.file) for error in repair(weights(), large, progress=False)} == found
+    assert {file: file.read_bytes() for file in large.rglob("*") if file.is_file()} == before
+    assert not any(path.is_symlink() for path in large.rglob("*"))
+    assert {file: file.read_bytes() for file in outside} == outside
+    assert verify(large, progress=False) == []
+
+
+@pytest.mark.parametrize("is_zip", [False, True])
+@pytest.mark.parametrize("kind", METADATA_LOST)
+def test_a_weight_that_has_lost_its_metadata_is_named_and_the_others_are_checked(
+    kind: str, is_zip: bool, large: Path
+) -> None:
+    change(large / "mask" / "c" / "0")
+    for name in ("tied", "large"):
+        METADATA_LOST[kind](large / name)
+    store = Path(shutil.make_archive(str(large), "zip", large)) if is_zip else large
+    found = [(error.name, error.file.rpartition("s.zarr/")[2]) for error in verify(store, progress=False)]
+    assert found[:2] == [("large", "large/zarr.json"), ("tied", "tied/zarr.json")]
+    assert [name for name, _ in found[2:]] == ["mask"]
+    with pytest.raises(litrt.StoreError, match=r"is incomplete|is damaged|cannot be read as JSON"):
+        litrt.open_store(store)
+    if not is_zip:
+        before = {file: file.read_bytes() for file in large.rglob("*") if file.is_file()}
+        with pytest.raises(litrt.StoreError, match=r"cannot repair .*: weight 'large': .* [Rr]un litrt convert again"):
+            repair(weights(), large, progress=False)
+        assert {file: file.read_bytes() for file in large.rglob("*") if file.is_file()} == before
+
+
+def test_what_says_which_weights_there_are_has_to_be_whole(large: Path) -> None:
+    document = json.loads((large / "zarr.json").read_text())
+    document["attributes"]["litrt"]["aliases"] = {"tie": "none"}
+    (large / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(litrt.StoreError, match="is incomplete: 1 of 6 weights are missing"):
+        verify(large, progress=False)
+    document["attributes"]["litrt"] |= {"aliases": {}, "complete": False}
+    (large / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(litrt.StoreError, match="is incomplete"):
+        verify(large, progress=False)
+
+
+def test_no_error_is_made_for_each_of_many_chunks_that_cannot_be_there(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litrt.store._MOST_UNCHECKED", 1)
+    shutil.rmtree(large / "large" / "c")
+    (error,) = verify(large, progress=False)
+    assert "'large' has 2097152 bytes and its files 0" in str(error)
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = convert(weights(), tmp_path / "s.zarr", progress=False)
     assert main(["verify", str(tmp_path / "s.zarr")]) == 0
@@ -206,7 +312,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["verify", "--quiet", str(tmp_path / "s.zarr")]) == 1
     printed = capsys.readouterr().out
     assert all(str(file) in printed for file in damaged)
-    assert f"{len(damaged)} chunks of 1 weights are damaged" in printed
+    assert f"{len(damaged)} files of 1 weights are damaged" in printed
     assert main(["verify", str(tmp_path / "none.zarr")]) == 2
 
 
@@ -280,6 +386,22 @@ def test_another_checkpoint_is_refused_and_nothing_is_written(tmp_path: Path, sa
     with pytest.raises(litrt.StoreError, match=f"cannot repair .*s.zarr from this checkpoint: {said}"):
         repair(source, store.path, progress=False)
     assert tree(store) == before
+
+
+def test_chunks_that_are_read_through_zarr_python_are_not_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their errors have keys in place of files, which are no paths of the working directory."""
+    group = zarr.create_group(tmp_path / "s.zarr")
+    group.create_array("w", shape=(4, 4), chunks=(2, 2), dtype="float32")[...] = torch.rand(4, 4).numpy()
+    group.attrs["litrt"] = {"format": 1, "complete": True, "tensors": ["w"], "aliases": {}}
+    (tmp_path / "s.zarr" / "w" / "c" / "0" / "0").write_bytes(b"x")
+    (tmp_path / "here" / "w").mkdir(parents=True)
+    (tmp_path / "here" / "w" / "thesis.tex").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(litrt.StoreError, match=r"cannot repair .*, as litrt does not read the chunks of 'w' itself"):
+        repair({"w": torch.ones(4, 4)}, tmp_path / "s.zarr", progress=False)
+    assert (tmp_path / "here" / "w" / "thesis.tex").exists()
 
 
 def test_the_command_repairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
