@@ -91,7 +91,9 @@ class Staging:
             try:
                 self.path.mkdir(exist_ok=True)
             except FileExistsError:
-                raise self._in_the_way("no folder") from None
+                if os.path.lexists(self.path):
+                    raise self._in_the_way("no folder") from None
+                continue  # the other one has removed it after it was found there
             try:
                 fd = _lock_directory(self.path)
             except FileNotFoundError:
@@ -311,8 +313,13 @@ def rename_new(one: Path, other: Path) -> None:
         if _rename(one, other, _RENAME_NOREPLACE):
             return
         if one.is_file():
-            with contextlib.suppress(PermissionError):  # as file systems say that have no links
+            try:
                 os.link(one, other)
+            except FileExistsError:
+                raise
+            except OSError:
+                pass  # of a file system that has no links
+            else:
                 one.unlink()
                 return
         if not os.path.lexists(other):

@@ -335,6 +335,10 @@ def _open_zarr(
         find = fetch if lost is None else _setting_aside(fetch, lost, "", (StoreError,))
         with ThreadPoolExecutor(16) as pool:
             infos = dict(zip(listed, pool.map(find, listed), strict=True))
+        if lost is not None:
+            errors = dict(lost)  # in the order in which threads have found them
+            lost.clear()
+            lost.update((name, errors[name]) for name in listed if name in errors)
         return _make_store(label, attributes, infos.get, open_group, root=None, lost=lost)
     finally:
         group.store.close()

@@ -161,13 +161,18 @@ def test_a_file_that_got_its_name_before_its_export_was_killed_is_not_emptied(tm
     assert (tmp_path / "m").read_bytes() == b"second"
 
 
-@pytest.mark.parametrize("is_linux", [True, False])
+@pytest.mark.parametrize("kind", ["Linux", "links", "no links"])
 def test_a_file_that_appears_meanwhile_is_not_replaced(
-    is_linux: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not is_linux:
-        monkeypatch.setattr("litrt.staging._rename", lambda *_: False)
+    def no_links(*_: Path) -> None:
+        raise OSError(95, "Operation not supported")
+
     store = convert({"w": torch.ones(9)}, tmp_path / "s.zarr", progress=False)
+    if kind != "Linux":
+        monkeypatch.setattr("litrt.staging._rename", lambda *_: False)
+    if kind == "no links":
+        monkeypatch.setattr(os, "link", no_links)
     file = tmp_path / "m.safetensors"
     export(store, file, progress=False)
     file.unlink()

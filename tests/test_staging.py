@@ -368,6 +368,22 @@ def test_an_empty_folder_is_not_in_the_way(source: Path, tmp_path: Path) -> None
     assert len(convert(source, tmp_path / "s.zarr", progress=False)) == N_TENSORS
 
 
+def test_a_folder_that_is_removed_while_it_is_looked_at_is_made(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir, failed = Path.mkdir, list[Path]()
+
+    def removed_meanwhile(self: Path, *args: Any, **kwargs: Any) -> None:
+        if self.name.endswith(".partial") and not failed:
+            failed.append(self)
+            raise FileExistsError(17, "File exists", str(self))
+        mkdir(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", removed_meanwhile)
+    convert(source, tmp_path / "s.zarr", progress=False)
+    assert failed
+
+
 @pytest.mark.parametrize("is_linux", [True, False])
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_what_appears_meanwhile_is_not_replaced(
