@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,13 +17,15 @@ import torch
 from torch import nn
 
 from litrt import documents
+from litrt.arrays import array_dtype, dtype_name
 from litrt.directio import forget
 from litrt.errors import StoreError
 from litrt.gguf_file import open_gguf
 from litrt.lit_folder import is_lit_folder, open_lit_folder
 from litrt.raw_files import open_npz, open_offloaded
 from litrt.safetensors_file import open_safetensors
-from litrt.source import Source, merged
+from litrt.source import Source, check_shape, guarded, merged
+from litrt.tensors import LARGE_BYTES
 from litrt.torch_file import load_torch
 from litrt.wrappers import is_wrapper, parts
 from litrt.zarr_source import is_zarr_folder, open_litrt, open_zarr
@@ -30,6 +33,12 @@ from litrt.zarr_source import is_zarr_folder, open_litrt, open_zarr
 SourceLike = Mapping[str, torch.Tensor] | str | os.PathLike[str]
 
 _TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+"""What the names of the files of a sharded checkpoint end with."""
+
+_POINTER = b"version https://git-lfs"
+"""What stands in a file's place where git has not fetched it."""
 
 
 @contextlib.contextmanager
@@ -50,7 +59,7 @@ def open_source(source: SourceLike | Sequence[SourceLike]) -> Iterator[Source]:
     if isinstance(source, nn.Module):
         raise TypeError("cannot convert a module: pass its weights, module.state_dict().")
     if isinstance(source, Mapping):
-        yield _open_mapping(source)
+        yield guarded(_open_mapping(source))
         return
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
@@ -61,12 +70,23 @@ def open_source(source: SourceLike | Sequence[SourceLike]) -> Iterator[Source]:
         if "://" in os.fspath(source):
             yield open_litrt(source, stack)
         else:
-            yield _open_path(_checkpoint_file(Path(source)), stack)
+            yield guarded(_open_path(_checkpoint_file(Path(source)), stack))
 
 
 def _open_path(path: Path, stack: contextlib.ExitStack) -> Source:
-    if path.is_dir() or path.suffix == ".zip":
+    if path.is_dir():
         return open_zarr(path, stack)
+    if not path.is_file():
+        raise StoreError(f"{path} is not a checkpoint: it is no file at all, but a pipe or a device.")
+    if path.suffix == ".zip":
+        return open_zarr(path, stack)
+    source = _open_checkpoint(path, stack)
+    if not source.names:
+        raise StoreError(f"{path} has no tensors: pass the file that has the weights.")
+    return source
+
+
+def _open_checkpoint(path: Path, stack: contextlib.ExitStack) -> Source:
     if path.name == "meta.json":
         return open_lit_folder(path, stack)
     if path.name == "index.json":
@@ -92,15 +112,29 @@ def _checkpoint_file(path: Path) -> Path:
         preferred = [file for file in found if file.name in {f"model.{suffix}", f"pytorch_model.{suffix}"}]
         if len(preferred or found) == 1:
             return (preferred or found)[0]
+        if found and all(_SHARD.search(file.stem) for file in found):
+            raise StoreError(
+                f"{path} has {len(found)} shards ({_listed([file.name for file in found])}) and no *.index.json: "
+                "download that too, or pass all of them."
+            )
         if found:
-            names = ", ".join([file.name for file in found[:4]] + ["..."] * (len(found) > 4))
+            names = _listed([file.name for file in found])
             raise StoreError(f"{path} has {len(found)} checkpoints ({names}): pass one of them.")
     if (path / "index.json").is_file():
         return path / "index.json"
+    others = sorted(file.name for file in path.iterdir() if file.suffix in _TORCH_SUFFIXES | {".npz"})
+    if others:
+        raise StoreError(
+            f"{path} has no checkpoint that is called like one, but {_listed(others)}: pass that file itself."
+        )
     raise StoreError(
         f"{path} has no checkpoint: expected model.safetensors, pytorch_model.bin, an index of shards (*.index.json), "
         "the index.json of weights that were offloaded, the meta.json of PyTorch-LIT, one *.gguf or a Zarr group."
     )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4] + ["..."] * (len(names) > 4))
 
 
 def _snapshot(repository: Path) -> Path:
@@ -119,6 +153,9 @@ def _snapshot(repository: Path) -> Path:
 
 
 def _open_file(path: Path, stack: contextlib.ExitStack) -> Source:
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise StoreError(f"{path} is a pointer of git-lfs in place of the file: run git lfs pull, or download it.")
     if path.suffix == ".safetensors":
         return open_safetensors(path, stack)
     if path.suffix in _TORCH_SUFFIXES:
@@ -134,11 +171,11 @@ def _open_file(path: Path, stack: contextlib.ExitStack) -> Source:
 
 
 def _open_shards(index: Path, stack: contextlib.ExitStack) -> Source:
-    try:
-        weight_map = documents.parse(index.read_bytes())["weight_map"]
-        files = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StoreError(f"{index} is not the index of a checkpoint: it has no weight_map.") from error
+    told = documents.read(index, what="the index of a checkpoint", remedy="Download it again.")
+    weight_map = (told or {}).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise StoreError(f"{index} is not the index of a checkpoint: it has no weight_map.")
+    files = {name: str(file) for name, file in weight_map.items()}
     outside = [file for file in files.values() if os.path.isabs(file) or ".." in Path(file).parts]
     if outside:
         raise StoreError(f"{index} names the shard {outside[0]!r}, which is not beside it.")
@@ -146,7 +183,7 @@ def _open_shards(index: Path, stack: contextlib.ExitStack) -> Source:
     if missing:
         raise StoreError(
             f"{index} names {len(set(files.values()))} shards and {len(missing)} are missing, the first "
-            f"{missing[0]}: download them again."
+            f"{missing[0][:200] if missing[0].isprintable() else ascii(missing[0][:200])}: download them again."
         )
     return _Shards(index, files, stack).source()
 
@@ -165,10 +202,11 @@ class _Shards:
         """Opens every shard once, to learn what is in it."""
         aliases: dict[str, str] = {}
         sizes: dict[str, tuple[int, torch.dtype]] | None = {}
-        for file in dict.fromkeys(self._files.values()):
+        unfit: dict[str, str] = {}
+        for file, wanted in self._wanted().items():
             shard = self._shard(file)
-            wanted = [name for name, home in self._files.items() if home == file]
-            absent = [name for name in wanted if name not in shard.names]
+            there = set(shard.names)
+            absent = [name for name in wanted if name not in there]
             if absent:
                 raise StoreError(
                     f"{self._index} places {absent[0]!r} in {file}, which has no such tensor: download it again."
@@ -179,9 +217,11 @@ class _Shards:
                 target = first.setdefault(shard.aliases.get(name, name), name)
                 if target != name:
                     aliases[name] = target
+            unfit |= {name: shard.unfit[name] for name in wanted if name in shard.unfit}
             if sizes is not None and shard.sizes is not None:
-                sizes |= {name: shard.sizes[shard.aliases.get(name, name)] for name in wanted}
-        shards = (self._index.parent / file for file in dict.fromkeys(self._files.values()))
+                fitting = (name for name in wanted if name not in shard.unfit)
+                sizes |= {name: shard.sizes[shard.aliases.get(name, name)] for name in fitting}
+        shards = (self._index.parent / file for file in self._wanted())
         return Source(
             tuple(self._files),
             self._fetch,
@@ -189,7 +229,15 @@ class _Shards:
             sizes,
             lambda tensor: self._release(tensor),
             (self._index, *shards),
+            unfit,
         )
+
+    def _wanted(self) -> dict[str, list[str]]:
+        """Returns the names that the index places in each file."""
+        wanted: dict[str, list[str]] = {}
+        for name, file in self._files.items():
+            wanted.setdefault(file, []).append(name)
+        return wanted
 
     def _shard(self, file: str) -> Source:
         if self._open is None or self._open[0] != file:
@@ -262,6 +310,10 @@ def check_tensor(name: str, value: object) -> torch.Tensor:
             f"{name!r} is a {type(value).__name__}, which consists of other tensors: pass a dict, such as "
             "module.state_dict(), whose tensors are looked into before the first is stored."
         )
+    try:
+        check_shape(repr(name), value.shape, value.dtype)
+    except ValueError as error:
+        raise StoreError(f"{error}: it cannot be stored.") from error
     return value.detach()
 
 
@@ -299,9 +351,9 @@ def _sizes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, torch.dt
 
 def _open_torch(path: Path) -> Source:
     loaded, is_mapped = load_torch(path)
-    tensors = _unwrap(path, loaded)
-    values = _checked_tensors(tensors)
-
+    entries = _unwrap(path, loaded)
+    unfit = {name: why for name, value in entries.items() if (why := _unfitness(path, name, value))}
+    values = _checked_tensors({name: value for name, value in entries.items() if name not in unfit})
     mapped = _mapped_ranges(path)
 
     def release(tensor: torch.Tensor) -> None:
@@ -310,13 +362,32 @@ def _open_torch(path: Path) -> Source:
             forget(file.fileno())
 
     return Source(
-        tuple(values),
+        (*values, *unfit),
         values.__getitem__,
         _find_ties(values),
         _sizes(values),
         release if is_mapped else lambda tensor: None,
         (path,),
+        unfit,
     )
+
+
+def _unfitness(path: Path, name: str, value: object) -> str | None:
+    """Returns why an entry of a torch file cannot be stored, or None where it can."""
+    if not isinstance(value, torch.Tensor):
+        return f"{path}: {name!r} is a {type(value).__name__}, which is no tensor"
+    if is_wrapper(value):
+        return None  # which consists of others
+    try:
+        check_tensor(name, value)
+    except (TypeError, StoreError) as error:
+        return f"{path}: {str(error).removesuffix('.')}"
+    if array_dtype(value.dtype) is None:
+        return f"{path}: {name!r} has dtype {dtype_name(value.dtype)}, which litrt cannot store"
+    stored = value.untyped_storage().nbytes()
+    if value.nbytes > max(stored, LARGE_BYTES):
+        return f"{path}: {name!r} of shape {tuple(value.shape)} is expanded to {value.nbytes} bytes from {stored}"
+    return None
 
 
 def _unwrap(path: Path, loaded: object) -> Mapping[str, torch.Tensor]:
@@ -329,13 +400,13 @@ def _unwrap(path: Path, loaded: object) -> Mapping[str, torch.Tensor]:
         raise StoreError(
             f"{path} holds a {type(loaded).__name__}, not a state_dict: pass a file of module.state_dict()."
         )
-    others = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
-    if others:
-        raise TypeError(
-            f"{path} holds {len(others)} entries that are not tensors, the first {others[0]!r}: "
+    _checked_names(loaded)
+    if loaded and not any(isinstance(value, torch.Tensor) for value in loaded.values()):
+        name, value = next(iter(loaded.items()))
+        raise StoreError(
+            f"{path} has no tensors, but {len(loaded)} other entries, the first {name!r}, a {type(value).__name__}: "
             "load it with torch.load and pass the mapping of its tensors."
         )
-    _checked_names(loaded)
     return loaded
 
 
@@ -352,12 +423,12 @@ def _mapped_ranges(path: Path) -> list[tuple[int, int]]:
 
 
 def _forget_pages(tensor: torch.Tensor, mapped: list[tuple[int, int]]) -> None:
-    """Takes the pages that hold `tensor` out of memory; to use them again reads them from the file again.
+    """Takes the pages that hold `tensor` alone out of memory; to use them again reads them from the file again.
 
-    Only pages of a mapped file may be dropped: any others would be zeros afterwards.
+    Only pages of a mapped file may be dropped, and unchanged ones: any others would be other values afterwards.
     """
     storage = tensor.untyped_storage()
     start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    start, end = start - start % mmap.PAGESIZE, end - end % mmap.PAGESIZE
+    start, end = start + -start % mmap.PAGESIZE, end - end % mmap.PAGESIZE
     if start < end and any(low <= start and end <= high for low, high in mapped):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

@@ -42,8 +42,20 @@ def check_values(content: bytes) -> None:
         raise ValueError(f"it has more than {MOST_VALUES} values")
 
 
-def read(file: Path, check_link: Callable[[str], None] = lambda file: None) -> dict[str, Any] | None:
+def read(
+    file: Path,
+    check_link: Callable[[str], None] = lambda file: None,
+    *,
+    what: str = "the metadata of a store",
+    remedy: str = "Run litrt convert again.",
+) -> dict[str, Any] | None:
     """Returns the object that a file of metadata has, or None where there is no file, or no object in it.
+
+    Args:
+        file: Its path.
+        check_link: Called with it where it is a link.
+        what: What it should be, for errors.
+        remedy: What to do where it is not.
 
     Raises:
         StoreError: If it is no JSON, or larger than metadata is; or what `check_link` raises for a link.
@@ -63,10 +75,11 @@ def read(file: Path, check_link: Callable[[str], None] = lambda file: None) -> d
     with open(fd, "rb") as opened:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
-            raise StoreError(f"{file} is not the metadata of a store: it has {status.st_size} bytes.")
+            kind = f"it has {status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "it is no file at all"
+            raise StoreError(f"{file} is not {what}: {kind}. {remedy}")
         content = opened.read()
     try:
         document = parse(content)
     except (ValueError, RecursionError) as error:
-        raise StoreError(f"{file} cannot be read as JSON: {error}. Run litrt convert again.") from error
+        raise StoreError(f"{file} cannot be read as JSON: {error}. {remedy}") from error
     return document if isinstance(document, dict) else None

@@ -16,7 +16,7 @@ import torch
 
 from litrt.directio import forget
 from litrt.errors import CorruptWeightError, StoreError
-from litrt.source import Source, merged, read_into, swap_bytes
+from litrt.source import Source, check_shape, merged, read_into, swap_bytes
 
 _DTYPES = {
     "F16": torch.float16,
@@ -103,8 +103,6 @@ def _open(path: Path, header: _Header, stack: contextlib.ExitStack) -> Source:
     stack.callback(os.close, fd)
 
     def fetch(name: str) -> torch.Tensor:
-        if name in header.unfit:
-            raise StoreError(f"{header.unfit[name]}.")
         entry = header.entries[name]
         tensor = torch.empty(math.prod(entry.shape) * entry.dtype.itemsize, dtype=torch.uint8)
         read_into(path, fd, name, tensor, entry.begin)
@@ -174,6 +172,7 @@ def _header(path: Path, reader: Any) -> _Header:
             )
             continue
         shape = tuple(int(extent) for extent in reversed(tensor.shape))
+        check_shape(repr(tensor.name), shape, dtype)
         entries[tensor.name] = _Entry(dtype, shape, int(tensor.data_offset))
 
     def number(key: str, otherwise: int) -> int:

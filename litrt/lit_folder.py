@@ -15,7 +15,7 @@ from litrt import documents
 from litrt.arrays import are_counts
 from litrt.directio import forget
 from litrt.errors import CorruptWeightError, StoreError
-from litrt.source import Source, numpy_dtype, read_into, swap_bytes
+from litrt.source import Source, check_shape, numpy_dtype, read_into, swap_bytes
 
 _METHOD = "np-memmap"
 _NOT_A_WEIGHT = "_info"
@@ -26,10 +26,10 @@ def is_lit_folder(path: Path) -> bool:
     if not (path / "meta.json").is_file():
         return False
     try:
-        told = documents.parse((path / "meta.json").read_bytes())
-    except (ValueError, RecursionError):
+        told = documents.read(path / "meta.json")
+    except StoreError:
         return False
-    return isinstance(told, dict) and {"method", "model", "meta"} <= told.keys()
+    return told is not None and {"method", "model", "meta"} <= told.keys()
 
 
 def open_lit_folder(index: Path, stack: contextlib.ExitStack) -> Source:
@@ -44,22 +44,24 @@ def open_lit_folder(index: Path, stack: contextlib.ExitStack) -> Source:
         CorruptWeightError: If the file of values is truncated.
     """
     try:
-        told = documents.parse(index.read_bytes())
+        told = _object(index)
         if told["method"] != _METHOD:
             raise StoreError(f"{index} has method {told['method']!r}, and litrt reads {_METHOD!r}.")
         meta = _beside(index, told["meta"])
         path = _beside(index, told["model"])
-        entries = documents.parse(meta.read_bytes())
+        entries = _object(meta)
         info = entries.pop(_NOT_A_WEIGHT)
         stored, size = np.dtype(str(info["type"])), info["size"]
         if not are_counts([size]):
             raise ValueError(f"there are {size!r} elements")
         placed = {name: _place(name, entry, size) for name, entry in entries.items()}
+        dtype = numpy_dtype(stored)
+        for name, (shape, _, _) in placed.items():
+            check_shape(repr(name), shape, dtype or torch.uint8)
     except StoreError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SyntaxError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
         raise StoreError(f"{index} is not that of a folder of PyTorch-LIT: {str(error)[:200]}.") from error
-    dtype = numpy_dtype(stored)
     if dtype is None:
         raise StoreError(f"{meta} says that weights are {stored}, which is no dtype of torch.")
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -86,6 +88,13 @@ def open_lit_folder(index: Path, stack: contextlib.ExitStack) -> Source:
 
     sizes = {name: (end - begin, dtype) for name, (_, begin, end) in placed.items()}
     return Source(tuple(placed), fetch, {}, sizes, release, (index, meta, path))
+
+
+def _object(file: Path) -> dict[str, Any]:
+    found = documents.read(file, what="metadata of PyTorch-LIT", remedy="Make the folder again.")
+    if found is None:
+        raise ValueError(f"{file.name} is no object")
+    return found
 
 
 def _beside(index: Path, name: str) -> Path:

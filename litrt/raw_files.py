@@ -14,13 +14,12 @@ import numpy as np
 import torch
 
 from litrt import documents
-from litrt.arrays import are_counts
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.safetensors_file import open_safetensors
-from litrt.source import Source, numpy_dtype, numpy_tensor, read_into
+from litrt.source import Source, check_shape, is_text, numpy_dtype, numpy_tensor, read_into
+from litrt.zips import MOST_DEFLATED, open_zip
 
 _SUFFIX = ".npy"
-_MOST_RATIO = 1032  # what zlib makes of zeros
 _MOST_HEADER_BYTES = 64 << 10  # numpy itself takes 10000 characters
 
 
@@ -32,8 +31,10 @@ def open_npz(path: Path, stack: contextlib.ExitStack) -> Source:
         CorruptWeightError: If an array cannot be read; raised when it is fetched.
     """
     try:
-        archive = stack.enter_context(zipfile.ZipFile(path))
+        archive = stack.enter_context(open_zip(path))
         names = [name.removesuffix(_SUFFIX) for name in archive.namelist() if name.endswith(_SUFFIX)]
+        if len(set(names)) < len(names):
+            raise StoreError(f"{path} has {len(names)} arrays of {len(set(names))} names: write it again.")
         headers = {name: _header(path, name, archive) for name in names}
     except StoreError:
         raise
@@ -48,8 +49,6 @@ def open_npz(path: Path, stack: contextlib.ExitStack) -> Source:
     }
 
     def fetch(name: str) -> torch.Tensor:
-        if name in unfit:
-            raise StoreError(f"{unfit[name]}.")
         try:
             with archive.open(name + _SUFFIX) as file:
                 array = np.lib.format.read_array(file, allow_pickle=False)
@@ -79,9 +78,15 @@ def _header(path: Path, name: str, archive: zipfile.ZipFile) -> tuple[tuple[int,
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
     packed = archive.getinfo(name + _SUFFIX)
-    n_bytes = min(packed.file_size, min(packed.compress_size, path.stat().st_size) * _MOST_RATIO)
+    n_bytes = min(packed.file_size, min(packed.compress_size, path.stat().st_size) * MOST_DEFLATED)
     if math.prod(shape) * dtype.itemsize > n_bytes:
         raise StoreError(f"{path} is damaged: {name!r} of shape {shape} is larger than what the file has of it.")
+    kind = numpy_dtype(dtype)
+    if kind is not None:
+        try:
+            check_shape(repr(name), shape, kind)
+        except ValueError as error:
+            raise StoreError(f"{path} is damaged: {error}.") from error
     return shape, dtype
 
 
@@ -96,21 +101,25 @@ def open_offloaded(index: Path, stack: contextlib.ExitStack) -> Source:
     """
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     elsewhere: dict[str, tuple[str, str]] = {}
+    found = documents.read(index, what="the index of an offload folder", remedy="Offload the model again.")
     try:
-        for name, told in documents.parse(index.read_bytes()).items():
+        if found is None:
+            raise ValueError("it is no object")
+        for name, told in found.items():
             if "safetensors_file" in told:
                 elsewhere[name] = (str(told["safetensors_file"]), str(told.get("weight_name", name)))
             else:
-                entries[name] = _entry(told)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                entries[name] = _entry(name, told)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{index} is not the index of an offload folder of Accelerate: {error}.") from error
     files = {name: _offloaded_file(index, name, entry) for name, entry in entries.items()}
     for name, (other, _) in elsewhere.items():
         if not os.path.isfile(index.parent / other):
             raise StoreError(f"{index} places {name!r} in {other!r}, which is no file: offload the model again.")
     opened = {file: open_safetensors(index.parent / file, stack) for file, _ in dict.fromkeys(elsewhere.values())}
+    keys = {file: set(source.names) for file, source in opened.items()}
     for name, (file, key) in elsewhere.items():
-        if key not in opened[file].names:
+        if key not in keys[file]:
             raise StoreError(f"{index} places {name!r} in {file}, which has no {key!r}.")
 
     def fetch(name: str) -> torch.Tensor:
@@ -127,29 +136,30 @@ def open_offloaded(index: Path, stack: contextlib.ExitStack) -> Source:
         return tensor.view(dtype).reshape(shape)
 
     sizes = {name: (math.prod(shape), dtype) for name, (dtype, shape) in entries.items()}
-    sizes |= {name: (opened[file].sizes or {})[key] for name, (file, key) in elsewhere.items()}
+    unfit = {name: opened[file].unfit[key] for name, (file, key) in elsewhere.items() if key in opened[file].unfit}
+    fitting = {name: place for name, place in elsewhere.items() if name not in unfit}
+    sizes |= {name: (opened[file].sizes or {})[key] for name, (file, key) in fitting.items()}
     names = (*entries, *elsewhere)
-    return Source(names, fetch, {}, sizes, files=(index, *files.values(), *map(Path, opened)))
+    return Source(names, fetch, {}, sizes, files=(index, *files.values(), *map(Path, opened)), unfit=unfit)
 
 
-def _entry(told: dict[str, Any]) -> tuple[torch.dtype, tuple[int, ...]]:
+def _entry(name: str, told: dict[str, Any]) -> tuple[torch.dtype, tuple[int, ...]]:
     dtype = getattr(torch, str(told["dtype"]), None)
     shape = tuple(told["shape"])
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"there is no dtype {told['dtype']!r}")
-    if not are_counts(shape):
-        raise ValueError(f"there is no shape {shape}")
+    check_shape(repr(name), shape, dtype)
     return dtype, shape
 
 
 def _offloaded_file(index: Path, name: str, entry: tuple[torch.dtype, tuple[int, ...]]) -> Path:
     """Returns the file of a weight, which has all of its bytes and lies beside the index."""
     file = index.parent / f"{name}.dat"
-    if file.parent != index.parent or "\0" in name:
+    if file.parent != index.parent or "\0" in name or not is_text(name):
         raise StoreError(f"{index} names {name!r}, which no file beside it can have.")
     dtype, shape = entry
     n_bytes = math.prod(shape) * dtype.itemsize
-    found = file.stat().st_size if file.is_file() else 0
+    found = os.path.getsize(file) if os.path.isfile(file) else 0
     if found < n_bytes:
         raise CorruptWeightError(
             f"{file} is truncated or missing: it has {found} of {n_bytes} bytes. Offload the model again.",

@@ -15,7 +15,7 @@ from litrt import documents
 from litrt.arrays import are_counts
 from litrt.directio import forget
 from litrt.errors import CorruptWeightError, StoreError
-from litrt.source import Source, read_into
+from litrt.source import Source, check_shape, read_into
 
 SAFETENSORS_DTYPES = {
     "BOOL": "bool",
@@ -40,11 +40,16 @@ SAFETENSORS_DTYPES = {
 }
 
 
+_PACKED = {"F4": torch.float4_e2m1fn_x2}
+"""Dtypes that have two values in a byte: the shape in a file counts the values, and that in torch the bytes."""
+
+
 def open_safetensors(path: Path, stack: contextlib.ExitStack) -> Source:
     """Opens a file, which is closed with `stack`.
 
     Raises:
-        StoreError: If it is not a safetensors file.
+        StoreError: If it is not a safetensors file; where a tensor has a dtype that torch has not, when that is
+            fetched.
         CorruptWeightError: If it is truncated.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # which does not wait for who writes a pipe
@@ -54,7 +59,7 @@ def open_safetensors(path: Path, stack: contextlib.ExitStack) -> Source:
     entries, start = _safetensors_header(path, fd)
 
     def fetch(name: str) -> torch.Tensor:
-        dtype, shape, begin, end = entries[name]
+        dtype, shape, begin, end = fitting[name]
         tensor = torch.empty(end - begin, dtype=torch.uint8)
         read_into(path, fd, name, tensor, start + begin)
         return tensor.view(dtype).reshape(shape)
@@ -62,11 +67,22 @@ def open_safetensors(path: Path, stack: contextlib.ExitStack) -> Source:
     def release(tensor: torch.Tensor) -> None:
         forget(fd)
 
-    sizes = {name: (math.prod(shape), dtype) for name, (dtype, shape, _, _) in entries.items()}
-    return Source(tuple(entries), fetch, {}, sizes, release, (path,))
+    fitting = {
+        name: (dtype, shape, begin, end)
+        for name, (dtype, shape, begin, end) in entries.items()
+        if isinstance(dtype, torch.dtype)
+    }
+    unfit = {
+        name: f"{path}: {name!r} has dtype {entry[0]}, which litrt cannot store"
+        for name, entry in entries.items()
+        if name not in fitting
+    }
+    sizes = {name: (math.prod(shape), dtype) for name, (dtype, shape, _, _) in fitting.items()}
+    return Source(tuple(entries), fetch, {}, sizes, release, (path,), unfit)
 
 
-_Entry = tuple[torch.dtype, tuple[int, ...], int, int]
+_Entry = tuple[torch.dtype | str, tuple[int, ...], int, int]
+"""The dtype of a tensor, or what it is called where torch has none such; its shape; and where it begins and ends."""
 
 
 def _safetensors_header(path: Path, fd: int) -> tuple[dict[str, _Entry], int]:
@@ -101,16 +117,25 @@ def _safetensors_header(path: Path, fd: int) -> tuple[dict[str, _Entry], int]:
 
 
 def _entry(path: Path, name: str, value: dict[str, Any]) -> _Entry:
-    dtype = getattr(torch, SAFETENSORS_DTYPES.get(value["dtype"], ""), None)
-    if not isinstance(dtype, torch.dtype):
-        raise StoreError(f"{path}: {name!r} has dtype {value['dtype']}, which litrt cannot store.")
-    shape = tuple(value["shape"])
+    called, shape = str(value["dtype"]), tuple(value["shape"])
     begin, end = value["data_offsets"]
-    if not are_counts((*shape, begin, end)):
+    if not are_counts((*shape, begin, end)) or begin > end:
         raise ValueError("numbers of bytes and of elements are whole")
+    dtype = _PACKED.get(called) or getattr(torch, SAFETENSORS_DTYPES.get(called, ""), None)
+    if not isinstance(dtype, torch.dtype):
+        return called[:100], shape, begin, end
+    said = f"{name!r} of shape {str(shape)[:200]} and dtype {called}"
+    if called in _PACKED:
+        if not shape or shape[-1] % 2:
+            raise StoreError(f"{path} is damaged: {said} has half a byte.")
+        shape = (*shape[:-1], shape[-1] // 2)
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise StoreError(
-            f"{path} is damaged: {name!r} of shape {shape} and dtype {value['dtype']} takes "
-            f"{math.prod(shape) * dtype.itemsize} bytes, and the header gives it {end - begin}."
+            f"{path} is damaged: {said} takes {math.prod(shape) * dtype.itemsize} bytes, and the header gives it "
+            f"{end - begin}."
         )
+    try:
+        check_shape(repr(name), shape, dtype)
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged: {error}.") from error
     return dtype, shape, begin, end

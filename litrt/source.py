@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from litrt.arrays import are_counts
 from litrt.errors import CorruptWeightError, StoreError
+from litrt.tensors import LARGE_BYTES
+
+MOST_AXES = 64
+"""As many as numpy has."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Source:
         release: Called when the tensor that was fetched is no longer needed.
         files: Those that it is in, if it is in files.
         unfit: Names of what litrt cannot store, such as quantised blocks, and why in words. To fetch it is a
-            StoreError.
+            StoreError, which `guarded` sees to.
         origins: What the tensors are called in the files, name by name, where they were renamed.
     """
 
@@ -47,6 +53,48 @@ class Source:
                 f"{next(iter(self.unfit.values()))}. Of {len(self.names)} tensors {len(self.unfit)} cannot be stored: "
                 "leave them out with key_map, in which their new name is None (null in the file of --key-map)."
             )
+
+
+def guarded(source: Source) -> Source:
+    """Returns `source` with a `fetch` that is never asked for what is unfit.
+
+    Raises:
+        StoreError: If a name is none that can be written.
+    """
+    for name in source.names:
+        if not is_text(name):
+            raise StoreError(f"a tensor is called {name!r}, which is not text: rename it, or download the file again.")
+    if not source.unfit:
+        return source
+
+    def fetch(name: str) -> torch.Tensor:
+        if name in source.unfit:
+            raise StoreError(f"{source.unfit[name]}.")
+        return source.fetch(name)
+
+    return replace(source, fetch=fetch)
+
+
+def is_text(name: str) -> bool:
+    """Says whether a string can be written: JSON and pickles may have halves of characters in it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_shape(what: str, shape: Sequence[object], dtype: torch.dtype) -> None:
+    """Raises a ValueError for a shape that somebody else has written and that no tensor can have, nor a store."""
+    said = f"{what} has shape {str(tuple(shape))[:80]}"
+    if len(shape) > MOST_AXES or not are_counts(shape):
+        raise ValueError(f"{said}, which no tensor has")
+    extents = [extent for extent in shape if isinstance(extent, int)]
+    n_bytes = math.prod(extents) * dtype.itemsize
+    # Of one without values, a chunk is as large as if it had a single one along the axes that have none.
+    chunk_bytes = math.prod(max(extent, 1) for extent in extents) * dtype.itemsize
+    if n_bytes >= 1 << 63 or chunk_bytes > max(n_bytes, LARGE_BYTES):
+        raise ValueError(f"{said}, which no memory holds")
 
 
 def read_into(path: Path, fd: int, name: str, tensor: torch.Tensor, position: int) -> None:
@@ -100,7 +148,8 @@ def renamed(source: Source, key_map: KeyMap) -> Source:
         ValueError: If a mapping has a name that the source has not, two tensors would have one name, or none is left.
     """
     if isinstance(key_map, Mapping):
-        absent = [name for name in key_map if name not in source.names]
+        names = set(source.names)
+        absent = [name for name in key_map if name not in names]
         if absent:
             raise ValueError(f"key_map renames {absent[0]!r}, which the checkpoint does not have.")
     old: dict[str, str] = {}
@@ -110,6 +159,8 @@ def renamed(source: Source, key_map: KeyMap) -> Source:
             continue
         if not isinstance(new, str):
             raise TypeError(f"key_map makes {new!r} of {name!r}: names of weights are strings.")
+        if not is_text(new):
+            raise ValueError(f"key_map makes {new!r} of {name!r}, which is not text.")
         if new in old:
             raise ValueError(f"key_map gives {old[new]!r} and {name!r} the same name, {new!r}.")
         old[new] = name

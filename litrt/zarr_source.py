@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import stat
 import zipfile
 import zlib
@@ -20,13 +21,20 @@ from zarr.storage import LocalStore, ZipStore
 
 from litrt import documents
 from litrt.arrays import are_counts, litrt_attributes
-from litrt.bounded import bounded
+from litrt.bounded import bounded, is_compressed
 from litrt.checked import CheckedStore
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.reader import Reader
-from litrt.source import Source, numpy_dtype, numpy_tensor
+from litrt.source import Source, check_shape, numpy_dtype, numpy_tensor
 from litrt.store import open_store
 from litrt.tensors import LARGE_BYTES, MOST_RATIO
+from litrt.zips import check_members, open_zip
+
+_MOST_SPARSE = 2
+"""Bytes of values for one in the files, of an array without a compressor: others are the fill value."""
+
+_CHUNK = re.compile(r"c|(c[/.])?\d+([/.]\d+)*")
+"""What zarr-python calls a chunk, below its array."""
 
 _ZARR_FORMATS: dict[str, Literal[2, 3]] = {".zarray": 2, "zarr.json": 3}
 
@@ -57,7 +65,7 @@ def open_zarr(path: Path, stack: contextlib.ExitStack) -> Source:
     if not arrays:
         raise StoreError(f"{path} is a Zarr group in which there is no array: pass the one that has the weights.")
     names = _names(path, arrays)
-    n_array_bytes = _bytes_of_arrays(arrays, n_bytes)
+    stored, packed = _bytes_of_chunks(arrays, n_bytes), _bytes_of_chunks(arrays, place.n_packed_bytes())
     plain: ZarrStore = ZipStore(path, mode="r") if path.is_file() else LocalStore(path, read_only=True)
     store = CheckedStore(plain, owned=True, sizes=n_bytes, is_sparse=True)
     stack.callback(store.close)
@@ -67,15 +75,13 @@ def open_zarr(path: Path, stack: contextlib.ExitStack) -> Source:
     for name, node in names.items():
         try:
             array = bounded(zarr.open_array(store, path=node, mode="r", zarr_format=arrays[node]))
-            sizes[name] = _size(array, n_array_bytes[node])
+            sizes[name] = _size(array, stored[node], packed[node])
             opened[name] = array
         except Exception as error:  # whatever zarr-python raises for metadata that it cannot make sense of
             reason = str(error) or type(error).__name__
             unfit[name] = f"{path}: {name!r} is no tensor: {reason[:200]}"
 
     def fetch(name: str) -> torch.Tensor:
-        if name in unfit:
-            raise StoreError(f"{unfit[name]}.")
         try:
             return numpy_tensor(np.asarray(opened[name][...]))
         except Exception as error:
@@ -144,6 +150,10 @@ class _Folder:
                     raise StoreError(f"{path} is neither a file nor a folder: copy the group with cp -rL.")
         return dict(sorted(found.items()))
 
+    def n_packed_bytes(self) -> dict[str, int]:
+        """Returns the same."""
+        return self.n_bytes()
+
 
 class _Archive:
     """A Zarr store in a zip file, which is closed with `stack`."""
@@ -151,7 +161,8 @@ class _Archive:
     def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
         self._path = path
         try:
-            self._archive = stack.enter_context(zipfile.ZipFile(path))
+            self._archive = stack.enter_context(open_zip(path))
+            check_members(self._archive)
         except (zipfile.BadZipFile, ValueError, EOFError) as error:
             raise StoreError(f"{path} is not a whole zip file: {error}. Download it again.") from error
 
@@ -170,9 +181,12 @@ class _Archive:
         return document if isinstance(document, dict) else None
 
     def n_bytes(self) -> dict[str, int]:
-        """Returns the bytes of each file, by its key, but no more than it can unpack to."""
-        entries = [entry for entry in self._archive.infolist() if not entry.is_dir()]
-        return {entry.filename: min(entry.file_size, entry.compress_size * MOST_RATIO) for entry in entries}
+        """Returns the bytes of each file, by its key, when it is unpacked."""
+        return {entry.filename: entry.file_size for entry in self._archive.infolist() if not entry.is_dir()}
+
+    def n_packed_bytes(self) -> dict[str, int]:
+        """Returns the bytes that each file has in the zip file, by its key."""
+        return {entry.filename: entry.compress_size for entry in self._archive.infolist() if not entry.is_dir()}
 
 
 def _attributes(path: Path, place: _Folder | _Archive) -> object:
@@ -203,20 +217,25 @@ def _names(path: Path, nodes: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _bytes_of_arrays(arrays: Iterable[str], n_bytes: dict[str, int]) -> dict[str, int]:
-    """Returns for each array the bytes of all files that lie below it."""
+def _bytes_of_chunks(arrays: Iterable[str], n_bytes: dict[str, int]) -> dict[str, int]:
+    """Returns for each array the bytes of all files below it that are called like chunks."""
     total = dict.fromkeys(arrays, 0)
     for key, n in n_bytes.items():
         node = key
         while node and node not in total:
             node = node.rpartition("/")[0]
-        if node:
+        if node and _CHUNK.fullmatch(key, len(node) + 1):
             total[node] += n
     return total
 
 
-def _size(array: zarr.Array[Any], n_file_bytes: int) -> tuple[int, torch.dtype]:
+def _size(array: zarr.Array[Any], n_stored: int, n_packed: int) -> tuple[int, torch.dtype]:
     """Returns the elements and the dtype of an array.
+
+    Args:
+        array: The array.
+        n_stored: The bytes of its chunks.
+        n_packed: The same, as they are in a zip file.
 
     Raises:
         ValueError: If it is no tensor, or of a size that its files do not account for.
@@ -228,9 +247,11 @@ def _size(array: zarr.Array[Any], n_file_bytes: int) -> tuple[int, torch.dtype]:
     chunk_bytes = math.prod(array.chunks) * dtype.itemsize
     if not are_counts(array.shape) or chunk_bytes > max(2 * nbytes, LARGE_BYTES):
         raise ValueError(f"it has shape {array.shape} and chunks of shape {array.chunks}, which no memory holds")
-    if nbytes > max(n_file_bytes * MOST_RATIO, LARGE_BYTES):
+    check_shape("it", array.shape, dtype)
+    most_bytes = n_packed * MOST_RATIO if is_compressed(array) else n_stored * _MOST_SPARSE
+    if nbytes > max(most_bytes, LARGE_BYTES):
         raise ValueError(
-            f"it has {nbytes} bytes and its files {n_file_bytes}, so that nearly all of it is fill value: write it "
-            "with write_empty_chunks"
+            f"it has {nbytes} bytes and its files {n_stored}, so that most of it is fill value: write it with "
+            "write_empty_chunks"
         )
     return math.prod(array.shape), dtype

@@ -6,12 +6,14 @@ import base64
 import gc
 import io
 import json
+import mmap
 import re
 import shutil
 import struct
 import subprocess
 import sys
 import weakref
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch
 import zarr
 from torch import nn
 
+from litrt.checkpoint import open_source
 from litrt.convert import convert
 from litrt.crc import extend_crc
 from litrt.errors import CorruptWeightError, StoreError
@@ -287,6 +290,85 @@ def test_a_torch_file_of_before_zip_files(tmp_path: Path) -> None:
     assert_holds(convert(tmp_path / "m.bin", tmp_path / "s.zarr", progress=False), weights)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_torch_file_of_before_zip_files_has_ties_and_views(tmp_path: Path) -> None:
+    base, other = torch.randn(100, 100), torch.randn(60, 50)
+    weights = {
+        "a": base,
+        "tied": base,
+        "view": base[:50],
+        "transposed": base.t(),
+        "parameter": nn.Parameter(other),
+        "tied.parameter": nn.Parameter(other),
+        "expanded": torch.ones(1).expand(40, 50),
+        "sparse": torch.eye(3).to_sparse(),
+    }
+    torch.save(weights, tmp_path / "m.bin", _use_new_zipfile_serialization=False)
+    key_map = {"sparse": None}
+    weights.pop("sparse")
+    store = convert(tmp_path / "m.bin", tmp_path / "s.zarr", key_map=key_map, progress=False)
+    assert store.aliases == {"tied": "a", "tied.parameter": "parameter"}
+    assert_holds(store, weights)
+
+
+def test_a_torch_file_of_before_zip_files_is_refused_where_it_ends_early(tmp_path: Path) -> None:
+    base = torch.randn(100, 100)
+    torch.save({"a": base, "tied": base}, tmp_path / "m.bin", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "m.bin").read_bytes()
+    for n_bytes in (len(whole) - 100, 300, 20, 0):
+        (tmp_path / "m.bin").write_bytes(whole[:n_bytes])
+        with pytest.raises(StoreError, match=r"cannot load .*A truncated file has to be downloaded again"):
+            convert(tmp_path / "m.bin", tmp_path / "s.zarr")
+
+
+def test_the_values_of_a_legacy_torch_file_do_not_count_as_its_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litrt.torch_file._MOST_PICKLE_BYTES", 20_000)
+    torch.save(weights := {"a": torch.randn(100_000)}, tmp_path / "m.bin", _use_new_zipfile_serialization=False)
+    assert_holds(convert(tmp_path / "m.bin", tmp_path / "s.zarr", progress=False), weights)
+
+
+def write_big_endian(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Writes a torch file as a big-endian machine does, of weights of float32."""
+    torch.save(weights, path)
+    with zipfile.ZipFile(path) as made:
+        records = {name.split("/", 1)[1]: made.read(name) for name in made.namelist()}
+    writer = torch._C.PyTorchFileWriter(str(path))
+    for name, content in records.items():
+        if name == "byteorder":
+            content = b"big"
+        elif name.startswith("data/"):
+            content = np.frombuffer(content, "<f4").astype(">f4").tobytes()
+        if name not in ("version", ".data/serialization_id"):
+            writer.write_record(name, content, len(content))
+    writer.write_end_of_file()
+
+
+def test_a_torch_file_of_the_other_byte_order_keeps_its_values_while_it_is_read(tmp_path: Path) -> None:
+    base = torch.arange(20_000.0)
+    weights = {"a": base, "view": base[:9000], "b": torch.arange(300.0), "inner": base[100:2000]}
+    write_big_endian(tmp_path / "m.pt", weights)
+    assert_holds(convert(tmp_path / "m.pt", tmp_path / "s.zarr", progress=False), weights)
+
+
+def test_only_pages_that_are_a_tensors_own_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"before": torch.ones(3000), "a": torch.ones(20_000)}, tmp_path / "m.pt")
+    dropped: list[tuple[int, int]] = []
+
+    def madvise(start: Any, n_bytes: Any, _: int) -> None:
+        dropped.append((start.value, start.value + n_bytes.value))
+
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(madvise=madvise))
+    with open_source(tmp_path / "m.pt") as source:
+        for name in source.names:
+            tensor = source.fetch(name)
+            source.release(tensor)
+            start, end = dropped.pop()
+            assert tensor.data_ptr() <= start < end <= tensor.data_ptr() + tensor.nbytes
+            assert start % mmap.PAGESIZE == end % mmap.PAGESIZE == 0
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("by", ["directory", "index"])
 def test_a_sharded_checkpoint(kind: str, by: str, tmp_path: Path) -> None:
@@ -419,8 +501,16 @@ def test_files_that_are_not_checkpoints_are_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"list\.pt holds a list, not a state_dict"):
         convert(tmp_path / "list.pt", tmp_path / "s.zarr")
     torch.save({"w": torch.ones(1), "a._extra_state": None}, tmp_path / "extra.pt")
-    with pytest.raises(TypeError, match=r"extra\.pt holds 1 entries that are not tensors, the first 'a\._extra_state'"):
+    with pytest.raises(StoreError, match=r"'a\._extra_state' is a NoneType, which is no tensor. Of 2 tensors 1 cannot"):
         convert(tmp_path / "extra.pt", tmp_path / "s.zarr")
+    key_map = {"a._extra_state": None}
+    store = convert(tmp_path / "extra.pt", tmp_path / "extra.zarr", key_map=key_map, progress=False)
+    assert_holds(store, {"w": torch.ones(1)})
+    torch.save({"weights": {"w": torch.ones(1)}, "epoch": 3}, tmp_path / "nested.pt")
+    with pytest.raises(
+        StoreError, match=r"nested\.pt has no tensors, but 2 other entries, the first 'weights', a dict"
+    ):
+        convert(tmp_path / "nested.pt", tmp_path / "t.zarr")
     (tmp_path / "model.bin.index.json").write_text("{}")
     with pytest.raises(StoreError, match="is not the index of a checkpoint: it has no weight_map"):
         convert(tmp_path / "model.bin.index.json", tmp_path / "s.zarr")
@@ -430,6 +520,79 @@ def test_files_that_are_not_checkpoints_are_named(tmp_path: Path) -> None:
 def test_options_that_do_not_exist_are_refused(option: str, value: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{value}'"):
         convert(example(), tmp_path / "s.zarr", **{option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.bin", "m.npz", "m.gguf"])
+def test_a_pointer_of_git_lfs_is_said_to_be_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n")
+    with pytest.raises(StoreError, match=rf"{name} is a pointer of git-lfs in place of the file: run git lfs pull"):
+        convert(tmp_path / name, tmp_path / "s.zarr")
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_what_torch_advises_is_not_passed_on(is_zip: bool, tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "m.pt", _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(StoreError) as caught:
+        convert(tmp_path / "m.pt", tmp_path / "s.zarr")
+    said = str(caught.value)
+    assert "Unsupported global: GLOBAL torch.nn.modules.linear.Linear was not an allowed global by default. A" in said
+    assert not any(advice in said for advice in ("weights_only", "add_safe_globals", "\x1b", "Re-running"))
+
+
+def test_a_directory_of_files_that_are_not_called_like_checkpoints_says_what_to_pass(tmp_path: Path) -> None:
+    for shard in ("00001", "00002"):
+        write_safetensors(tmp_path / f"model-{shard}-of-00002.safetensors", {shard: torch.ones(1)})
+    said = r"has 2 shards \(model-00001-of-00002.*\) and no \*\.index\.json: download that too, or pass all of them"
+    with pytest.raises(StoreError, match=said):
+        convert(tmp_path, tmp_path / "s.zarr")
+    (tmp_path / "d").mkdir()
+    torch.save({"w": torch.ones(1)}, tmp_path / "d" / "consolidated.00.pth")
+    with pytest.raises(StoreError, match=r"but consolidated\.00\.pth: pass that file itself"):
+        convert(tmp_path / "d", tmp_path / "s.zarr")
+
+
+def test_a_checkpoint_without_tensors_is_refused(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "m.pt")
+    write_safetensors(tmp_path / "m.safetensors", {})
+    (tmp_path / "m.bin.index.json").write_text(json.dumps({"weight_map": {}}))
+    (tmp_path / "index.json").write_text("{}")
+    np.savez(tmp_path / "m.npz")
+    for name in ("m.pt", "m.safetensors", "m.bin.index.json", "index.json", "m.npz"):
+        with pytest.raises(StoreError, match=rf"{name} has no tensors: pass the file that has the weights"):
+            convert(tmp_path / name, tmp_path / "s.zarr")
+
+
+def test_values_of_four_bits_are_pairs_in_torch(tmp_path: Path) -> None:
+    packed = torch.arange(24, dtype=torch.uint8).reshape(4, 6)
+    header = {"w": {"dtype": "F4", "shape": [4, 12], "data_offsets": [0, 24]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + packed.numpy().tobytes())
+    store = convert(tmp_path / "m.safetensors", tmp_path / "s.zarr", progress=False)
+    assert_holds(store, {"w": packed.view(torch.float4_e2m1fn_x2)})
+    for shape in ([8, 3], []):
+        text = json.dumps({"w": {"dtype": "F4", "shape": shape, "data_offsets": [0, 24]}}).encode()
+        (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(24))
+        with pytest.raises(StoreError, match="has half a byte"):
+            convert(tmp_path / "m.safetensors", tmp_path / "t.zarr")
+
+
+def test_a_dtype_that_torch_has_not_can_be_left_out(tmp_path: Path) -> None:
+    header = {
+        "w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        "x": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [8, 11]},
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(11))
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys("wx", "m.safetensors")}))
+    for number, source in enumerate(("m.safetensors", "m.safetensors.index.json")):
+        with pytest.raises(
+            StoreError, match=r"'x' has dtype F6_E2M3, which litrt cannot store\. Of 2 tensors 1 cannot"
+        ):
+            convert(tmp_path / source, tmp_path / "s.zarr")
+        store = convert(tmp_path / source, tmp_path / f"{number}.zarr", key_map={"x": None}, progress=False)
+        assert_holds(store, {"w": torch.zeros(2)})
+        with open_source(tmp_path / source) as opened, pytest.raises(StoreError, match="'x' has dtype F6_E2M3"):
+            opened.fetch("x")
 
 
 # Other names, and several at once.
@@ -584,6 +747,7 @@ def test_an_interrupted_conversion_leaves_the_old_store_as_it_was(tmp_path: Path
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     code = f"""
 import os, torch, collections
+from litrt.checkpoint import open_source
 from litrt.convert import convert
 class Lazy(collections.UserDict):
     def __getitem__(self, name):
@@ -646,6 +810,7 @@ PEAK = """
 import re, sys
 from collections.abc import Mapping
 import torch
+from litrt.checkpoint import open_source
 from litrt.convert import convert
 
 class Lazy(Mapping):

@@ -11,6 +11,7 @@ import resource
 import shutil
 import struct
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from random import Random
 from typing import Any, ClassVar
 
 import numcodecs
+import numpy as np
 import pytest
 import torch
 import zarr
@@ -42,6 +44,7 @@ from litrt.arrays import METADATA, node_name
 from litrt.checkpoint import open_source
 from litrt.convert import convert
 from litrt.reader import Reader
+from litrt.source import renamed
 from litrt.store import open_store
 from litrt.verify import verify
 
@@ -658,14 +661,9 @@ def test_a_legacy_torch_file_that_asks_for_memory_is_refused(tmp_path: Path) -> 
     (tmp_path / "w.pt").write_bytes(size)
     refused(tmp_path / "w.pt", f"its tensors have {4 << 40} bytes, and the file {len(size)}")
     (tmp_path / "w.pt").write_bytes(whole.replace(text, b"X\xff\xff\xff\x7fcpu"))
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 30), limits[1]))  # half of what the string asks for
-    try:
-        with pytest.raises(litrt.StoreError) as caught, open_source(tmp_path / "w.pt"):
-            pass
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+    # Half of what the string asks for.
+    with at_most(1 << 30), pytest.raises(litrt.StoreError) as caught, open_source(tmp_path / "w.pt"):
+        pass
     assert not isinstance(caught.value.__cause__, MemoryError)
 
 
@@ -699,3 +697,180 @@ def test_a_shard_that_is_no_file_is_refused(file: str, tmp_path: Path) -> None:
 def test_a_safetensors_file_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     refused(tmp_path / "model.safetensors", "it is no file at all")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.bin", "model.npz", "model.gguf", "model.safetensors", "model.zip", "model.safetensors.index.json"),
+        *("index.json", "meta.json"),
+    ],
+)
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_what_is_no_file_is_not_waited_for(name: str, kind: str, is_folder: bool, tmp_path: Path) -> None:
+    path = tmp_path / "d" / name
+    path.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    refused(path.parent if is_folder else path, "it is no file at all|has no checkpoint")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "name", ["model.bin", "model.npz", "model.safetensors.index.json", "index.json", "meta.json", "model.gguf"]
+)
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_file_of_any_size_is_refused_without_memory_for_it(name: str, is_folder: bool, tmp_path: Path) -> None:
+    path = tmp_path / "d" / name
+    path.parent.mkdir()
+    with open(path, "wb") as file:
+        file.truncate(30 << 30)
+    with at_most(1 << 30) if not name.endswith("gguf") else contextlib.nullcontext():
+        refused(path.parent if is_folder else path, r"has 32212254720 bytes|cannot load|is not a|has no checkpoint")
+
+
+@contextlib.contextmanager
+def at_most(n_bytes: int) -> Iterator[None]:
+    """Lets the process take no more memory than this beyond what it has."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + n_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_lists_that_are_in_themselves_many_times_are_no_trouble(is_zip: bool, tmp_path: Path) -> None:
+    nested: Any = "x"
+    for _ in range(60):
+        nested = [nested, nested]
+    torch.save({"w": torch.ones(3), "x": nested}, tmp_path / "w.pt", _use_new_zipfile_serialization=is_zip)
+    with open_source(tmp_path / "w.pt") as source:
+        assert torch.equal(source.fetch("w"), torch.ones(3))
+        assert source.unfit == {"x": f"{tmp_path / 'w.pt'}: 'x' is a list, which is no tensor"}
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_tensor_that_is_expanded_to_any_size_is_refused(is_zip: bool, tmp_path: Path) -> None:
+    weights = {"w": torch.ones(1, dtype=torch.uint8).expand(2, 1 << 31), "mask": torch.ones(1).expand(1 << 10)}
+    torch.save(weights, tmp_path / "w.pt", _use_new_zipfile_serialization=is_zip)
+    said = r"'w' of shape \(2, 2147483648\) is expanded to 4294967296 bytes from 1\. Of 2 tensors 1 cannot be stored"
+    with pytest.raises(litrt.StoreError, match=said):
+        convert(tmp_path / "w.pt", tmp_path / "s.zarr")
+    store = convert(tmp_path / "w.pt", tmp_path / "s.zarr", key_map={"w": None}, progress=False)
+    assert torch.equal(Reader(store).read_tensor("mask"), torch.ones(1 << 10))
+
+
+def test_zip_files_of_too_many_members_are_refused_before_they_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litrt.zips.MOST_DIRECTORY_BYTES", 4000)
+    torch.save({str(number): torch.ones(1) for number in range(100)}, tmp_path / "m.pt")
+    for suffix in ("npz", "zip"):
+        with zipfile.ZipFile(tmp_path / f"m.{suffix}", "w") as archive:
+            for number in range(100):
+                archive.writestr(f"{number}.npy", b"")
+    monkeypatch.setattr("zipfile.ZipFile", None)
+    for suffix in ("pt", "npz", "zip"):
+        refused(tmp_path / f"m.{suffix}", r"the directory of its members has \d+ bytes, and may have 4000")
+    with pytest.raises(litrt.StoreError, match=r"may have 4000"):
+        open_store(tmp_path / "m.zip")
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_pickle_of_too_many_objects_is_refused_before_they_are_made(
+    is_zip: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {str(number): torch.ones(1) for number in range(100)}
+    torch.save(weights, tmp_path / "m.pt", _use_new_zipfile_serialization=is_zip)
+    with monkeypatch.context() as patched:
+        patched.setattr("litrt.torch_file._MOST_CALLS", 150)
+        patched.setattr("torch.load", None)
+        refused(tmp_path / "m.pt", r"cannot load .*: it has \d+ objects, and may have 150")
+    with monkeypatch.context() as patched:
+        patched.setattr("litrt.torch_file._MOST_PICKLE_BYTES", 5000)
+        patched.setattr("torch.load", None)
+        refused(tmp_path / "m.pt", r"may have 5000|it has more than 5000 bytes beside the values of its tensors")
+    fetch_all(tmp_path / "m.pt")
+
+
+SHAPES = [[1 << 40, 1 << 40, 0], [0, 1 << 62], [1 << 62, 0], [0, 1 << 62, 1 << 62], [0, 1 << 25], [1] * 65]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["safetensors", "offloaded", "npz", "lit", "zarr", "mapping"])
+def test_a_shape_that_no_store_has_is_refused_before_anything_is_written(
+    kind: str, shape: list[int], tmp_path: Path
+) -> None:
+    n_bytes = 4 if len(shape) > 10 else 0
+    source: Any = tmp_path / "model.safetensors"
+    if kind == "safetensors":
+        header = {"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, n_bytes]}}
+        source.write_bytes(safetensors_file(json.dumps(header).encode(), bytes(n_bytes)))
+    elif kind == "offloaded":
+        source = tmp_path / "index.json"
+        (tmp_path / "w.dat").write_bytes(bytes(n_bytes))
+        source.write_text(json.dumps({"w": {"dtype": "float32", "shape": shape}}))
+    elif kind == "npz":
+        source = tmp_path / "model.npz"
+        with zipfile.ZipFile(source, "w") as archive, archive.open("w.npy", "w") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(bytes(n_bytes))
+    elif kind == "lit":
+        source = tmp_path / "lit"
+        write_lit(source, {"w": torch.ones(1)}, "float32")
+        rewrite(source / "model-meta.json", ("w",), {"shape": shape, "bound": [0, n_bytes // 4]})
+    elif kind == "zarr":
+        source = tmp_path / "g.zarr"
+        write_zarr(source, {"w": torch.ones(1)})
+        rewrite(source / "w" / "zarr.json", ("shape",), shape)
+        rewrite(source / "w" / "zarr.json", ("chunk_grid", "configuration", "chunk_shape"), [1] * len(shape))
+    elif len(shape) > 10 or shape == [0, 1 << 25]:
+        source = {"w": torch.empty(shape)}
+    else:
+        pytest.skip("no tensor")
+    with pytest.raises(
+        litrt.StoreError, match=r"'w' has shape \(.*, which no (memory holds|tensor has)|'w' is no tensor"
+    ):
+        convert(source, tmp_path / "s.zarr")
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    half = "\ud800"
+    said = r"is called '\\ud800', which is not text"
+    with pytest.raises(litrt.StoreError, match=said):
+        convert({half: torch.ones(1)}, tmp_path / "s.zarr")
+    header = {half: {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
+    (tmp_path / "m.safetensors").write_bytes(safetensors_file(json.dumps(header).encode(), bytes(1)))
+    refused(tmp_path / "m.safetensors", said)
+    (tmp_path / "index.json").write_text(json.dumps({half: {"dtype": "float32", "shape": [1]}}))
+    refused(tmp_path / "index.json", "which no file beside it can have")
+    (tmp_path / "m.bin.index.json").write_text(json.dumps({"weight_map": {"w": half}}))
+    with pytest.raises(litrt.StoreError, match="1 are missing") as caught:
+        fetch_all(tmp_path / "m.bin.index.json")
+    assert str(caught.value).isascii()
+    with pytest.raises(ValueError, match=r"key_map makes '\\ud800' of 'w', which is not text"):
+        convert({"w": torch.ones(1)}, tmp_path / "s.zarr", key_map={"w": half})
+
+
+def test_names_are_looked_up_at_once(tmp_path: Path) -> None:
+    """Of twenty thousand, each in a tuple would take a minute."""
+    names = [f"model.layers.{number}.weight" for number in range(20_000)]
+    header = {name: {"dtype": "U8", "shape": [1], "data_offsets": [at, at + 1]} for at, name in enumerate(names)}
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(safetensors_file(json.dumps(header).encode(), bytes(len(names))))
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, file.name)}))
+    began_s = time.process_time()
+    with open_source(index) as source:
+        renamed(source, {name: f"x.{name}" for name in names})
+    assert time.process_time() - began_s < 5

@@ -183,6 +183,35 @@ def test_a_tensor_that_is_nearly_all_fill_value_takes_no_memory(chunks: tuple[in
     assert holds(store, {"small": torch.ones(1 << 24)})
 
 
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("compressor", [None, "auto"])
+@pytest.mark.parametrize("name", ["w/c/0", "w/0", "w/junk"])
+def test_what_a_zip_file_unpacks_to_does_not_count_twice(
+    name: str, compressor: Any, zarr_format: Any, tmp_path: Path
+) -> None:
+    group = zarr.create_group(tmp_path / "g.zarr", zarr_format=zarr_format)
+    array = {"shape": (3 << 30,), "chunks": (1 << 26,), "dtype": "u1", "fill_value": 1}
+    group.create_array("w", **array, compressors=compressor)
+    path = tmp_path / "g.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in (tmp_path / "g.zarr").rglob(".z*" if zarr_format == 2 else "*.json"):
+            archive.write(file, file.relative_to(tmp_path / "g.zarr"))
+        archive.writestr(name, bytes(200_000))
+    with pytest.raises(litrt.StoreError, match=r"'w' is no tensor: it has 3221225472 bytes and its files \d+, so"):
+        convert(path, tmp_path / "s.zarr")
+
+
+def test_an_array_without_a_compressor_has_to_have_its_bytes(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "g.zarr")
+    for name, compressors in (("plain", None), ("packed", "auto")):
+        array = group.create_array(name, shape=(100 << 20,), chunks=(1 << 20,), dtype="u1", compressors=compressors)
+        array[: 1 << 20] = np.random.default_rng(0).integers(0, 9, 1 << 20)
+    with litrt.lazy_state_dict(tmp_path / "g.zarr") as lazy:
+        assert lazy["packed"].count_nonzero() > 900_000
+        with pytest.raises(litrt.StoreError, match=r"'plain' is no tensor: it has 104857600 bytes and its"):
+            lazy["plain"]
+
+
 def test_a_chunk_that_no_memory_holds_is_refused(tmp_path: Path) -> None:
     zarr.create_group(tmp_path / "g.zarr").create_array("w", shape=(4,), chunks=(1 << 40,), dtype="f4")
     with pytest.raises(litrt.StoreError, match=r"'w' .* chunks of shape \(1099511627776,\), which no memory holds"):
