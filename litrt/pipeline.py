@@ -618,7 +618,7 @@ class Pipeline:
             )
 
     def _follows(self, plan: Plan | None) -> bool:
-        """Says whether this plan is followed, its predictions aside, and what is to stay is there."""
+        """Says whether this plan is followed, its predictions aside, and no more stays: some may have made room."""
         stays = {
             index
             for index, entry in enumerate(self._entries)
@@ -626,7 +626,7 @@ class Pipeline:
         }
         if self._plan is None or plan is None:
             return self._plan is plan and not stays
-        return self._plan.loads == plan.loads and stays == plan.resident.keys()
+        return self._plan.loads == plan.loads and stays <= plan.resident.keys()
 
     def reset(self) -> None:
         """Makes it a new one, in other memory, that loads on demand. Tensors over the memory before keep their values.
