@@ -111,6 +111,15 @@ def array_dtype(dtype: torch.dtype) -> str | None:
     return f"uint{8 * dtype.itemsize}" if name in _VIEWED else None
 
 
+def is_text(name: str) -> bool:
+    """Says whether a string can be written: JSON and pickles may have halves of characters in it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def node_name(name: str) -> str:
     """Returns the name of the array that holds tensor `name`: percent-escaped where Zarr needs that."""
     escaped = "".join(

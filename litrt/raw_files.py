@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from litrt import documents
+from litrt.arrays import is_text
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.safetensors_file import open_safetensors
-from litrt.source import Source, check_shape, is_text, numpy_dtype, numpy_tensor, read_into
+from litrt.source import Source, check_shape, numpy_dtype, numpy_tensor, read_into
 from litrt.zips import MOST_DEFLATED, open_zip
 
 _SUFFIX = ".npy"

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from litrt.arrays import are_counts
+from litrt.arrays import are_counts, is_text
 from litrt.errors import CorruptWeightError, StoreError
 from litrt.tensors import LARGE_BYTES
 
@@ -73,15 +73,6 @@ def guarded(source: Source) -> Source:
         return source.fetch(name)
 
     return replace(source, fetch=fetch)
-
-
-def is_text(name: str) -> bool:
-    """Says whether a string can be written: JSON and pickles may have halves of characters in it."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_shape(what: str, shape: Sequence[object], dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore, StorePath, ZipStore
 
 from litrt import documents
-from litrt.arrays import METADATA, litrt_attributes, node_name, size_of_chunks
+from litrt.arrays import METADATA, is_text, litrt_attributes, node_name, size_of_chunks
 from litrt.checked import CheckedStore
 from litrt.errors import CorruptWeightError, StoreError, WeightNotFoundError
 from litrt.links import link_out
@@ -178,7 +178,9 @@ def is_store(folder: Path) -> bool:
         return False
     arrays = {child.name: document for child in children if (document := _read_or_none(child / "zarr.json"))}
     names = {node: litrt_attributes(document.get("attributes")).get("name") for node, document in arrays.items()}
-    return bool(names) and all(isinstance(name, str) and node_name(name) == node for node, name in names.items())
+    return bool(names) and all(
+        isinstance(name, str) and is_text(name) and node_name(name) == node for node, name in names.items()
+    )
 
 
 def _read_or_none(file: Path) -> dict[str, Any] | None:
@@ -411,4 +413,4 @@ def _make_store(
 
 
 def _are_strings(values: object) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+    return isinstance(values, list) and all(isinstance(value, str) and is_text(value) for value in values)

@@ -600,6 +600,15 @@ def test_names_that_are_there_twice_are_refused(store: Path) -> None:
         open_store(store)
 
 
+@pytest.mark.parametrize(("key", "value"), [("tensors", ["w", "\ud800"]), ("aliases", {"w": "\ud800"})])
+def test_names_of_a_store_that_are_no_text_are_refused(key: str, value: Any, store: Path) -> None:
+    rewrite(store / "zarr.json", ("attributes", "litrt", key), value)
+    with pytest.raises(litrt.StoreError, match="is not a litrt store"):
+        open_store(store)
+    with pytest.raises(litrt.StoreError, match="is not a litrt store"):
+        litrt.verify(store)
+
+
 def test_weights_that_are_not_there_are_looked_for_in_vain_only_so_often(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
