@@ -6,9 +6,9 @@ import os
 import zipfile
 from typing import Any
 
-MOST_DIRECTORY_BYTES = 16 << 20
+MOST_DIRECTORY_BYTES = 32 << 20
 """What the directory at the end of a zip file may take. A member has some hundred bytes of it and 46 at least, and
-Python takes most of a kilobyte for each: these are enough for more than a hundred thousand."""
+Python takes most of a kilobyte for each: these are enough for a quarter of a million."""
 
 MOST_DEFLATED = 1032
 """Bytes that zlib makes of one at most."""
