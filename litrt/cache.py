@@ -294,9 +294,7 @@ class Cache:
         """Gives `entry` a block at `offset`, or anywhere, at the cost of loose ones only; says whether it could."""
         segment = entry.segment
         if offset is not None:
-            for block in self.arena.in_the_way(offset, segment.size_bytes):
-                if self._owners[block].is_loose:
-                    self.let_go(self._owners[block])
+            self._clear_range(offset, segment.size_bytes)
             if self.give(entry, self.arena.place_at(offset, segment.nbytes, segment.size_bytes)):
                 return True
         while not self.give(entry, self.arena.place(segment.nbytes, segment.size_bytes, segment.align_bytes)):
@@ -306,6 +304,13 @@ class Cache:
             self.let_go(loose)
         return True
 
+    def _clear_range(self, offset: int, size_bytes: int) -> None:
+        """Lets go of what is loose and lies in a range, in part or whole."""
+        for block in self.arena.in_the_way(offset, size_bytes):
+            owner = self._owners.get(block)  # none of one that an interrupt has just left there
+            if owner is not None and owner.is_loose:
+                self.let_go(owner)
+
     def place_in_room(self, part: Entry, slot: Entry | None) -> bool:
         """Gives a part the room that a plan has kept for it; says whether it could."""
         if slot is not None and slot.block is not None and not slot.n_pins:
@@ -314,9 +319,7 @@ class Cache:
         if self.room is None:
             return False
         offset, end = self.room[0], sum(self.room)
-        for block in self.arena.in_the_way(*self.room):
-            if self._owners[block].is_loose:
-                self.let_go(self._owners[block])
+        self._clear_range(*self.room)
         # An operator may use several parts at once.
         for block in self.arena.in_the_way(*self.room):
             if offset + part.segment.size_bytes <= block.offset:

@@ -203,7 +203,10 @@ class _Shards:
         aliases: dict[str, str] = {}
         sizes: dict[str, tuple[int, torch.dtype]] | None = {}
         unfit: dict[str, str] = {}
-        for file, wanted in self._wanted().items():
+        wanted_of: dict[str, list[str]] = {}
+        for name, file in self._files.items():
+            wanted_of.setdefault(file, []).append(name)
+        for file, wanted in wanted_of.items():
             shard = self._shard(file)
             there = set(shard.names)
             absent = [name for name in wanted if name not in there]
@@ -221,7 +224,7 @@ class _Shards:
             if sizes is not None and shard.sizes is not None:
                 fitting = (name for name in wanted if name not in shard.unfit)
                 sizes |= {name: shard.sizes[shard.aliases.get(name, name)] for name in fitting}
-        shards = (self._index.parent / file for file in self._wanted())
+        shards = (self._index.parent / file for file in wanted_of)
         return Source(
             tuple(self._files),
             self._fetch,
@@ -231,13 +234,6 @@ class _Shards:
             (self._index, *shards),
             unfit,
         )
-
-    def _wanted(self) -> dict[str, list[str]]:
-        """Returns the names that the index places in each file."""
-        wanted: dict[str, list[str]] = {}
-        for name, file in self._files.items():
-            wanted.setdefault(file, []).append(name)
-        return wanted
 
     def _shard(self, file: str) -> Source:
         if self._open is None or self._open[0] != file:
