@@ -350,7 +350,7 @@ class Cache:
                 entry.state = State.READING  # nobody takes the block
                 entry.n_pending = 1
                 placed.append(entry)
-        except BaseException as error:
+        except (LitrtError, Crowded) as error:  # after an interrupt nothing here can be relied on
             for entry in placed:
                 self.free(entry)
             if not isinstance(error, BudgetError):
@@ -493,12 +493,11 @@ class Cache:
 
         What others have of the old ones ends with an error where they wait for one.
         """
-        old = [*self.entries]
-        self.entries[:] = [Entry(segment, entry.info) for segment, entry in zip(segments, old, strict=False)]
-        for entry in old:
-            entry.is_gone = True
+        for entry in self.entries:
+            entry.is_gone = True  # for the threads that read, from here on
             entry.block = entry.tensor = entry.lease = entry.copied = None
             entry.state = State.ABSENT
+        self.entries[:] = [Entry(segment, entry.info) for segment, entry in zip(segments, self.entries, strict=False)]
         self._owners.clear()
         self._passing.clear()
         self._freed.clear()

@@ -611,7 +611,7 @@ class Pipeline:
                 and self._turns.is_sound(sum(entry.n_pins for entry in self._entries))
                 # What another thread has just given a block is not queued yet.
                 and all(
-                    entry.n_pending == pending[entry] or entry.n_pins
+                    0 < entry.n_pending == pending[entry] or entry.n_pins
                     for entry in self._entries
                     if entry.state is State.READING
                 )
@@ -647,6 +647,7 @@ class Pipeline:
             self.cache.arena.reset()
             # What was counted since may be too much; no block was ever beyond the limit.
             self.cache.peak_bytes = min(self.cache.peak_bytes, self.budget_bytes)
+            self._loader.follow(None)
             self._is_undone = False
 
     # What others ask.

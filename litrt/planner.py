@@ -121,8 +121,6 @@ class Planner:
         self._path = None
         self._residents.evict_all(look=False)
         self._pipeline.reset()
-        self._pipeline.forget_residents()
-        self._loader.follow(None)
 
     def record(self, uses: Sequence[Use], signature: Hashable) -> None:
         """Plans for a pass that was recorded, and anew for those on other paths that were recorded before it.
