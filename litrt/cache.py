@@ -136,7 +136,7 @@ class Cache:
         *,
         scratch_bytes: int,
         growable: bool,
-        wait: Callable[[], None],
+        wait: Callable[[], object],
     ) -> None:
         self.entries = [Entry(segment, info) for segment, info in zip(segments, infos, strict=True)]
         self.arena = arena
@@ -350,9 +350,10 @@ class Cache:
                 entry.state = State.READING  # nobody takes the block
                 entry.n_pending = 1
                 placed.append(entry)
-        except (LitrtError, Crowded) as error:  # after an interrupt nothing here can be relied on
-            for entry in placed:
-                self.free(entry)
+        except BaseException as error:
+            if isinstance(error, LitrtError | Crowded) or self.is_sound():  # an interrupt comes while it waits, mostly
+                for entry in placed:
+                    self.free(entry)
             if not isinstance(error, BudgetError):
                 raise
             mine = [entry for entry in together if entry.state is State.READY]

@@ -45,12 +45,16 @@ class Parts:
         self._loader = loader
         self._n_segments = len(cache.entries)
         self._entries: dict[Part, Entry] = {}
-        self._taken: Counter[int] = Counter()  # bytes of tables that were taken in parts, before there was a plan
+        self._taken: Counter[int] = Counter()  # bytes of tables that a pass has taken in parts, without a plan
         self.largest_bytes = 0
 
     def forget(self) -> None:
         """Forgets all parts; the cache has no entries of them any more."""
         self._entries.clear()
+
+    def begin_pass(self) -> None:
+        """Says that what was taken so far is of no account for what to take in parts."""
+        self._taken.clear()
 
     def stored(self, index: int) -> TensorInfo:
         """Returns a table as it is stored."""
@@ -104,15 +108,15 @@ class Parts:
 
     def is_whole(self, index: int, plan: Plan | None) -> bool:
         """Says whether a table is there whole, or should be."""
+        if plan is None:
+            return False  # what is recorded is not to depend on what was there
         entry = self._cache.entries[index]
-        if entry.resident or entry.state in (State.READING, State.READY):
-            return True
-        return plan is not None and index not in plan.tables
+        return index not in plan.tables or entry.resident or entry.state in (State.READING, State.READY)
 
     def serve(self, index: int, n_elements: int, plan: Plan | None) -> bool:
         """Says whether a use of so many elements of a table should take a part of it, and not all of it.
 
-        Before there is a plan, as long as all such uses together have taken less than all of it would.
+        Without a plan, as long as all such uses in a pass together have taken less than all of it would.
         """
         if self.is_whole(index, plan):
             return False
@@ -173,12 +177,16 @@ class Parts:
                 memory = self._cache.arena.memory(entry.block)
             try:
                 copy_rows(batch, memory, dest, served.itemsize)
-            finally:
+            except BaseException:
                 del memory
                 with lock:
                     unpin([entry])
-                    if entry.is_loose:
-                        self._cache.let_go(entry)
+                raise
+            del memory
+            with lock:
+                unpin([entry])
+                if entry.is_loose:
+                    self._cache.let_go(entry)
             gathered(batch.n_elements * stored.itemsize)
         return taken.view(served)
 

@@ -39,7 +39,7 @@ from litrt.ranges import named_range
 from litrt.reads import ReadThreads
 from litrt.tensors import TensorInfo
 from litrt.trace import Segment, Use
-from litrt.turns import Turns
+from litrt.turns import Turns, Unfinished
 
 _URGENT = -1
 """Priority of a piece that an operator waits for; planned ones have the number of their load."""
@@ -116,7 +116,8 @@ class Pipeline:
         self._loader = loader
         self._parts = Parts(self.cache, loader)
         self._closed = False
-        self.is_suspect = False  # whether something that has begun may not have come to its end
+        self._unfinished = Unfinished()
+        self.mend: Callable[[], None] = lambda: None  # puts right what was broken off, unless there is a pass
         self._failed: list[Entry] = []  # whose last read has failed, waited for or not
         self._is_undone = False  # while a reset is not done
         self._plan: Plan | None = None
@@ -144,7 +145,8 @@ class Pipeline:
             TraceMismatchError: If the plan did not predict this use, and `strict`.
             ClosedError: If the pipeline was closed.
         """
-        with self._lock:
+        self._mend()
+        with self._lock, self._unfinished:
             self._check_open()
             return self._bind(indices, [self._entries[index] for index in indices])
 
@@ -158,7 +160,8 @@ class Pipeline:
         """
         if index not in self._tables:
             return None
-        with self._lock:
+        self._mend()
+        with self._lock, self._unfinished:
             self._check_open()
             part = self._parts.covering(index, ranges)
             if len(part.ranges) > 1 and not self._device.is_host:
@@ -182,17 +185,19 @@ class Pipeline:
         """
         if index not in self._tables:
             return None
-        with self._lock:
-            self._check_open()
-            if self._parts.is_whole(index, self._plan):
-                return None
-            batches = self._parts.batches(index, rows)
-            if not self._parts.serve(index, sum(batch.n_elements for batch in batches), self._plan):
-                return None
-        if not self._device.is_host:
-            return self._gather_by_host(index, rows)
-        with self._slot_lock, self._noting(self._slot, index) as gathered:
-            return self._parts.gather(index, rows, batches, self._ready, self._hold, self._turns.unpin, gathered)
+        self._mend()
+        with self._unfinished:
+            with self._lock:
+                self._check_open()
+                if self._parts.is_whole(index, self._plan):
+                    return None
+                batches = self._parts.batches(index, rows)
+                if not self._parts.serve(index, sum(batch.n_elements for batch in batches), self._plan):
+                    return None
+            if not self._device.is_host:
+                return self._gather_by_host(index, rows)
+            with self._slot_lock, self._noting(self._slot, index) as gathered:
+                return self._parts.gather(index, rows, batches, self._ready, self._hold, self._turns.unpin, gathered)
 
     def _gather_by_host(self, index: int, rows: Rows) -> torch.Tensor:
         """Returns rows that came by way of the host: nothing of them was in the arena."""
@@ -216,16 +221,16 @@ class Pipeline:
             n_bytes += more_bytes
 
         try:
-            yield gathered
-            with self._lock:
-                self._log.gathered(binding.access, table, n_bytes, self._device.mark())
+            with self._unfinished:
+                yield gathered
+                with self._lock:
+                    self._log.gathered(binding.access, table, n_bytes, self._device.mark())
         finally:
             self.release(binding)
 
     def _bind(self, indices: tuple[int, ...], entries: list[Entry]) -> Binding:
         """Makes a use of `indices`; `entries` are those of them, or the part for which one is the room."""
         began_s = time.perf_counter()
-        was_suspect, self.is_suspect = self.is_suspect, True
         is_mine = self._pass_thread in (None, threading.get_ident())
         step = self._step_of(indices) if is_mine and self._follower is not None else None
         access = self._log.begin(indices, self._device.mark()) if is_mine else None
@@ -247,10 +252,8 @@ class Pipeline:
                 self.counters.stall_s += time.perf_counter() - began_s
             if step is not None and self._follower is not None:
                 self._follower.begin(step)
-            self.is_suspect = was_suspect
             return Binding(indices, tensors, step, access, entries)
         except BaseException:
-            self.is_suspect = True
             self._log.drop(access)
             self._turns.unpin(entries)
             raise
@@ -272,15 +275,18 @@ class Pipeline:
                 if entry.copied is not None:
                     self._device.wait(entry.copied, is_hit=entry in hits)
         except BaseException:
-            self.is_suspect = True
             self._turns.unpin(entries)
             raise
 
     def release(self, binding: Binding) -> None:
         """Says that the operator is done with what `acquire` gave it."""
         binding.tensors.clear()
-        with self._lock:
-            was_suspect, self.is_suspect = self.is_suspect, True
+        with self._lock, self._unfinished:
+            if self._unfinished.is_broken_off:
+                # What is known of blocks may be wrong: it is for `is_sound` to see, and nothing to act on.
+                self._turns.unpin(binding.entries)
+                self._log.drop(binding.access)
+                return
             for entry in binding.entries:
                 self.cache.used(entry)
                 self._device.record_use(entry.used)
@@ -288,11 +294,10 @@ class Pipeline:
             self._log.end(binding.access, self._device.mark())
             if self._follower is not None and not self._closed:
                 self._follower.end(binding.step)
-            self.is_suspect = was_suspect
 
     def restore(self, binding: Binding) -> None:
         """Reads again, in place, what an operator has written to."""
-        with self._lock:
+        with self._lock, self._unfinished:
             for entry in binding.entries:
                 assert entry.block is not None
                 self._device.record_use(entry.block.waits)  # not before the operator that has written to it
@@ -335,12 +340,19 @@ class Pipeline:
         while any(entry.state is not State.READY for entry in entries):
             if any(entry.state is State.ABSENT for entry in entries):
                 self._place(entries)
-            else:
-                self._wait()
+            elif not self._wait():
+                self._check_queued(entries)
             self._revive(entries)
         if absent:
             self._timings.add(sum(entry.segment.fetch_bytes for entry in absent), time.perf_counter() - began_s)
         return hits
+
+    def _check_queued(self, entries: list[Entry]) -> None:
+        """Raises where an interrupt has come between another thread and its queueing of reads of one of `entries`."""
+        pending = self._reads.pending()
+        for entry in entries:
+            if entry.state is State.READING and not pending[entry] and not self._turns.is_taken:
+                raise gone(entry)
 
     def _forgive(self) -> None:
         """Forgets errors of reads that nobody has waited for: what failed then need not fail again."""
@@ -550,6 +562,7 @@ class Pipeline:
             self._counting = counting
             self._at_begin = (self.counters.read_bytes, self._reads.busy_s)
             self._loader.begin_pass(counting=counting)
+            self._parts.begin_pass()
             if self._follower is not None:
                 self._follower.begin_pass()
 
@@ -594,15 +607,22 @@ class Pipeline:
 
     # What an exception has broken off: an interrupt can come between any two steps.
 
+    def _mend(self) -> None:
+        """Puts right what was broken off before an operator begins outside of a pass."""
+        unfinished = self._unfinished
+        is_inner = self._turns.am_i_at_work and not unfinished.is_broken_off  # an operator inside of another one
+        if unfinished.is_suspect and self._pass_thread is None and not (is_inner or self._closed):
+            self.mend()
+
     @property
     def may_be_unsound(self) -> bool:
         """Whether an exception has broken something off, or something is pinned, as far as can be told at once."""
-        return self.is_suspect or self._turns.is_anybody_at_work
+        return bool(self._unfinished) or self._turns.is_anybody_at_work
 
     def is_sound(self, plan: Plan | None) -> bool:
         """Says whether nothing was left half done; called between passes, where `plan` should be followed."""
         with self._lock:
-            self.is_suspect = False
+            self._unfinished.forget()
             pending = self._reads.pending()
             return (
                 not self._is_undone
@@ -732,10 +752,15 @@ class Pipeline:
             self.cache.free(entry)  # its step was skipped while it was on its way
         self._ready.notify_all()
 
-    def _wait(self, timeout_s: float | None = None) -> None:
-        """Waits until something may have changed: a read has ended, or somebody has let go of something."""
-        self._reads.wait(self._ready, timeout_s)
+    def _wait(self, timeout_s: float | None = None) -> bool:
+        """Waits until something may have changed: a read has ended, or somebody has let go of something.
+
+        Returns:
+            Whether anything has; one looks around from time to time.
+        """
+        is_notified = self._reads.wait(self._ready, timeout_s)
         self._check_open()
+        return is_notified
 
     @property
     def is_closed(self) -> bool:

@@ -171,8 +171,11 @@ class ReadThreads(Generic[T]):
     def _bytes_under_way(self) -> int:
         return sum(load.piece.nbytes for load in self._under_way.values())
 
-    def wait(self, changed: threading.Condition, timeout_s: float | None = None) -> None:
+    def wait(self, changed: threading.Condition, timeout_s: float | None = None) -> bool:
         """Waits for `changed`, a condition of the lock, for so many seconds or a moment: loads are looked after.
+
+        Returns:
+            Whether it was notified.
 
         Raises:
             StalledReadError: If this thread has waited too long, in all, for the load that began first. It may begin
@@ -180,13 +183,13 @@ class ReadThreads(Generic[T]):
         """
         load = next(iter(self._under_way.values()), None)
         began_s = time.monotonic()
-        changed.wait(LOOK_S if timeout_s is None else min(timeout_s, LOOK_S))
+        is_notified = changed.wait(LOOK_S if timeout_s is None else min(timeout_s, LOOK_S))
         if self._queue and len(self._under_way) < self.n_threads:
             self._work.notify_all()  # an interrupt may have come before it, in `queue`
         waiting = self._waiting
         if self._patience is None or load is None or load not in self._under_way.values():
             waiting.load = None
-            return
+            return is_notified
         # No more than was asked for: the process may have been stopped.
         waited_s = min(time.monotonic() - began_s, LOOK_S)
         waiting.waited_s = waited_s + (waiting.waited_s if waiting.load is load else 0.0)
@@ -194,6 +197,7 @@ class ReadThreads(Generic[T]):
         if waiting.waited_s >= self._patience.limit_s(self._bytes_under_way):
             waiting.load = None
             raise stalled(load.piece, waiting.waited_s)
+        return is_notified
 
     def close(self) -> None:
         """Drops what is queued, waits for the loads under way, and ends the threads; those that have stalled, later."""

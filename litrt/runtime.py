@@ -145,6 +145,7 @@ class Runtime:
             self._pipeline.cache.evict_resident = self._residents.evict
             self._unguard = guard(self.module, self._residents.find)
             self._norms = norms(self.module)
+            self._pipeline.mend = _weakly(self._mend_outside)
             self._pipeline.are_others_computing = Onlookers(self.module).are_computing
             self._planner = Planner(
                 serving.settled,
@@ -438,6 +439,15 @@ class Runtime:
             self._planner.mend()
         self._is_suspect = True
 
+    def _mend_outside(self) -> None:
+        """Does that for a use of weights outside of a pass, unless another thread is about to begin one, or ends it."""
+        if self._passes.lock.acquire(blocking=False):
+            try:
+                if not self._passes.is_in_one:
+                    self._planner.mend()
+            finally:
+                self._passes.lock.release()
+
     def _pass_ends(self, is_whole: bool) -> None:
         try:
             if is_whole:
@@ -468,6 +478,18 @@ class Runtime:
         """Raises WeightWriteError where weights that stay were written to, or would be in a pass."""
         self._residents.check()
         check_eval(self._norms, self._residents.find)
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Returns a function that calls a method, of an object that may be gone, and does not keep that alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        found = reference()
+        if found is not None:
+            found()
+
+    return call
 
 
 def _forked() -> None:

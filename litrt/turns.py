@@ -13,11 +13,12 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from types import FrameType
 
 from litrt.cache import Entry
+from litrt.errors import LitrtError
 
 _AT_WORK = frozenset(
     f"litrt.{name}" for name in ("borrow", "frames", "pipeline", "planner", "residents", "rowops", "rows")
@@ -34,6 +35,55 @@ def _is_at_work(frame: FrameType | None) -> bool:
     return False
 
 
+def idle(threads: Iterable[int]) -> set[int]:
+    """Returns those of some threads that are at no operator: the caller is at none."""
+    frames = sys._current_frames()
+    return {thread for thread in threads if thread == threading.get_ident() or not _is_at_work(frames.get(thread))}
+
+
+class Unfinished:
+    """A context that knows which threads have entered it and not come to its end, be it because of an exception.
+
+    An interrupt may come at any moment: the only one at which it is not seen is before anything was begun.
+
+    Attributes:
+        is_broken_off: Whether an exception that is not litrt's has ended it for a thread: nothing was cleaned up then.
+    """
+
+    def __init__(self) -> None:
+        self.is_broken_off = False
+        self._depths: dict[int, int] = {}  # by thread
+
+    def __enter__(self) -> None:
+        thread = threading.get_ident()
+        self._depths[thread] = self._depths.get(thread, 0) + 1
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        if exc_type is not None:
+            self.is_broken_off = self.is_broken_off or not issubclass(exc_type, LitrtError)
+            return
+        thread = threading.get_ident()
+        depth = self._depths.get(thread, 0) - 1
+        if depth > 0:
+            self._depths[thread] = depth
+        else:
+            self._depths.pop(thread, None)
+
+    def __bool__(self) -> bool:
+        return bool(self._depths)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether something will not come to its end, asked by a thread that is not inside."""
+        return self.is_broken_off or threading.get_ident() in self._depths
+
+    def forget(self) -> None:
+        """Forgets what threads have left that are at no operator."""
+        self.is_broken_off = False
+        for thread in idle(list(self._depths)):
+            self._depths.pop(thread, None)
+
+
 class Turns:
     """Who has pinned how much, and whose turn it is.
 
@@ -42,7 +92,7 @@ class Turns:
         wake: Says that something has.
     """
 
-    def __init__(self, wait: Callable[[float | None], None], wake: Callable[[], None]) -> None:
+    def __init__(self, wait: Callable[[float | None], object], wake: Callable[[], None]) -> None:
         self._wait = wait
         self._wake = wake
         self._n_pins: Counter[int] = Counter()  # by thread
@@ -71,9 +121,11 @@ class Turns:
         for entry in entries:
             entry.n_pins -= 1
         thread = threading.get_ident()
-        self._n_pins[thread] -= len(entries)
-        if not self._n_pins[thread]:
-            del self._n_pins[thread]  # threads end
+        n_left = self._n_pins[thread] - len(entries)
+        if n_left > 0:
+            self._n_pins[thread] = n_left
+        else:
+            del self._n_pins[thread]  # threads end, and what they had pinned may have been forgotten
         if self._n_waiting:
             self._wake()
 
@@ -107,13 +159,20 @@ class Turns:
         """Whether any thread has pinned something."""
         return bool(self._n_pins)
 
+    @property
+    def am_i_at_work(self) -> bool:
+        """Whether the caller's thread has."""
+        return threading.get_ident() in self._n_pins
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether it is anybody's turn."""
+        return self._owner is not None
+
     def _left(self) -> set[int]:
         """Returns the threads that have left something here, and are at no operator: the caller is at none."""
-        here = {*self._n_pins, *self._stuck}
-        if self._owner is not None:
-            here.add(self._owner)
-        frames = sys._current_frames()
-        return {thread for thread in here if thread == threading.get_ident() or not _is_at_work(frames.get(thread))}
+        owner = () if self._owner is None else (self._owner,)
+        return idle({*self._n_pins, *self._stuck, *owner})
 
     def is_sound(self, n_pins: int) -> bool:
         """Says whether threads that are at an operator have pinned all of `n_pins`, and others nothing."""
@@ -160,7 +219,7 @@ class Turns:
         self._wait_for_turn(entries, first=lambda: self._wait(timeout_s))
         self._owner, self._n_wanted = mine
 
-    def _wait_for_turn(self, entries: Sequence[Entry], first: Callable[[], None] = lambda: None) -> None:
+    def _wait_for_turn(self, entries: Sequence[Entry], first: Callable[[], object] = lambda: None) -> None:
         thread = threading.get_ident()
         self._unpin(entries)
         for entry in entries:

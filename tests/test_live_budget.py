@@ -115,6 +115,20 @@ def test_what_stays_in_both_budgets_is_not_read_again(path: Path, plain: nn.Modu
             check(rt, plain)
 
 
+def test_a_warm_up_with_everything_resident_needs_no_larger_budget(path: Path, plain: nn.Module) -> None:
+    with litrt.Runtime(Net, path, budget="100%") as rt:
+        rt.warmup(IDS)
+        least = rt.min_budget_bytes
+        for n_passes in range(2):
+            for _ in range(n_passes):
+                rt(IDS)
+            rt.warmup(IDS)
+            assert rt.min_budget_bytes == least < plain.get_submodule("embed").weight.nbytes
+        rt.set_budget("min")
+        assert torch.equal(rt(IDS), plain(IDS))
+        assert rt.stats().peak_bytes <= least
+
+
 def test_memory_that_a_smaller_budget_has_no_room_for_is_given_back(make_store: MakeStore) -> None:
     def construct() -> nn.Module:
         return nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(6)))
