@@ -760,6 +760,8 @@ class Pipeline:
         """
         is_notified = self._reads.wait(self._ready, timeout_s)
         self._check_open()
+        if not is_notified and timeout_s is None:
+            self._turns.let_go_of_left()
         return is_notified
 
     @property

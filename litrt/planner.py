@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from litrt.budget import Budget
 from litrt.device import Device
-from litrt.errors import BudgetError
+from litrt.errors import BudgetError, LitrtError
 from litrt.link import Link
 from litrt.loader import Loader
 from litrt.measured import N_PASSES, better_plan, measured_again, typical
@@ -209,7 +209,7 @@ class Planner:
                 self._pipeline.keep(plan.resident)
                 self._pipeline.start(plan)
                 self._residents.settle(plan.resident)
-        except BaseException:
+        except LitrtError:  # anything else may have left what `begin` would wait for: it is for `mend`
             self.begin()
             raise
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from types import FrameType
@@ -21,9 +20,9 @@ from litrt.cache import Entry
 from litrt.errors import LitrtError
 
 _AT_WORK = frozenset(
-    f"litrt.{name}" for name in ("borrow", "frames", "pipeline", "planner", "residents", "rowops", "rows")
+    f"litrt.{name}" for name in ("borrow", "frames", "pipeline", "planner", "reads", "residents", "rowops", "rows")
 )
-"""Modules that pin weights and run operators with them, or take the turn."""
+"""Modules that pin weights and run operators with them, or copy them, or take the turn."""
 
 
 def _is_at_work(frame: FrameType | None) -> bool:
@@ -95,7 +94,7 @@ class Turns:
     def __init__(self, wait: Callable[[float | None], object], wake: Callable[[], None]) -> None:
         self._wait = wait
         self._wake = wake
-        self._n_pins: Counter[int] = Counter()  # by thread
+        self._pinned: dict[int, list[Entry]] = {}  # by thread
         self._stuck: set[int] = set()
         self._owner: int | None = None
         self._n_wanted = 0  # pins of the owner, for what it makes room for
@@ -104,37 +103,37 @@ class Turns:
         self._waited_for: dict[int, int] = {}  # by thread: how many of them there were when it last waited
 
     def pin(self, entries: Sequence[Entry]) -> None:
-        """Keeps `entries` where they are, until `unpin` in the same thread."""
-        for entry in entries:
-            entry.n_pins += 1
+        """Keeps `entries` where they are, until `unpin`."""
         if entries:
-            self._n_pins[threading.get_ident()] += len(entries)
+            for entry in entries:
+                entry.n_pins += 1
+            self._pinned.setdefault(threading.get_ident(), []).extend(entries)
 
     def unpin(self, entries: Sequence[Entry]) -> None:
-        """Says that the thread needs them no more."""
+        """Says that they are needed no more, by the thread that has pinned them or for it."""
         self._n_let_go += 1
         self._unpin(entries)
 
     def _unpin(self, entries: Sequence[Entry]) -> None:
-        if not entries:
-            return
         for entry in entries:
-            entry.n_pins -= 1
-        thread = threading.get_ident()
-        n_left = self._n_pins[thread] - len(entries)
-        if n_left > 0:
-            self._n_pins[thread] = n_left
-        else:
-            del self._n_pins[thread]  # threads end, and what they had pinned may have been forgotten
-        if self._n_waiting:
+            thread = threading.get_ident()
+            if entry not in self._pinned.get(thread, ()):
+                thread = next((other for other, pinned in self._pinned.items() if entry in pinned), thread)
+            pinned = self._pinned.get(thread, [])
+            if entry in pinned:  # or an interrupt has come before it, and it is forgotten
+                pinned.remove(entry)
+                entry.n_pins -= 1
+            if not pinned:
+                self._pinned.pop(thread, None)  # threads end
+        if entries and self._n_waiting:
             self._wake()
 
     @property
     def are_others_at_work(self) -> bool:
         """Whether other threads have pinned what they will let go of, if need be when it is their turn."""
         thread = threading.get_ident()
-        others = [other for other in self._n_pins if other != thread]
-        if self._n_pins.get(thread, 0) > self._n_wanted:
+        others = [other for other in self._pinned if other != thread]
+        if len(self._pinned.get(thread, ())) > self._n_wanted:
             others = [other for other in others if other not in self._stuck]  # they may wait for this one
         return bool(others)
 
@@ -157,12 +156,12 @@ class Turns:
     @property
     def is_anybody_at_work(self) -> bool:
         """Whether any thread has pinned something."""
-        return bool(self._n_pins)
+        return bool(self._pinned)
 
     @property
     def am_i_at_work(self) -> bool:
         """Whether the caller's thread has."""
-        return threading.get_ident() in self._n_pins
+        return threading.get_ident() in self._pinned
 
     @property
     def is_taken(self) -> bool:
@@ -172,21 +171,32 @@ class Turns:
     def _left(self) -> set[int]:
         """Returns the threads that have left something here, and are at no operator: the caller is at none."""
         owner = () if self._owner is None else (self._owner,)
-        return idle({*self._n_pins, *self._stuck, *owner})
+        return idle({*self._pinned, *self._stuck, *owner})
 
     def is_sound(self, n_pins: int) -> bool:
         """Says whether threads that are at an operator have pinned all of `n_pins`, and others nothing."""
-        return not self._left() and sum(self._n_pins.values()) == n_pins and len(self._stuck) == self._n_waiting
+        return (
+            not self._left() and sum(map(len, self._pinned.values())) == n_pins and len(self._stuck) == self._n_waiting
+        )
 
     def forget(self) -> None:
         """Forgets what threads have left that are at no operator."""
         for thread in self._left():
-            self._n_pins.pop(thread, None)
+            self._unpin_all(thread)
             self._stuck.discard(thread)
             if self._owner == thread:
                 self._owner, self._n_wanted = None, 0
         self._n_waiting = len(self._stuck)
         self._wake()
+
+    def let_go_of_left(self) -> None:
+        """Unpins what other threads have pinned that are at no operator: an interrupt has come before they did so."""
+        for thread in idle([other for other in self._pinned if other != threading.get_ident()]):
+            self._unpin_all(thread)
+
+    def _unpin_all(self, thread: int) -> None:
+        for entry in self._pinned.pop(thread, ()):
+            entry.n_pins -= 1
 
     @contextmanager
     def mine(self, entries: Sequence[Entry] = ()) -> Iterator[None]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import litrt
-from litrt.cache import Cache, Entry
+from litrt.cache import Cache, Entry, State
 from litrt.pipeline import Pipeline
 from litrt.planner import Planner
 
@@ -182,6 +182,27 @@ def test_what_was_interrupted_anywhere_is_right_the_next_time(
         assert torch.equal(rt(tokens), expected)
 
 
+def test_a_change_of_the_budget_that_is_interrupted_before_a_read_is_queued_ends(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.arange(5)[None]
+    with litrt.Runtime(Model, store, budget="40%") as rt:
+        rt.warmup(tokens)
+        expected = rt(tokens)
+
+        def interrupted(pipeline: Pipeline, entry: Entry, priority: int) -> None:
+            entry.state = State.READING
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Pipeline, "_queue_reads", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                rt.set_budget("80%")
+        assert torch.equal(rt(tokens), expected)
+        rt.set_budget("80%")
+        assert torch.equal(rt(tokens), expected)
+
+
 @pytest.mark.parametrize("where", ["making room", "queueing reads"])
 def test_who_waits_for_what_another_thread_was_interrupted_at_is_told(
     store: Path, where: str, monkeypatch: pytest.MonkeyPatch
@@ -232,3 +253,15 @@ def test_who_waits_for_what_another_thread_was_interrupted_at_is_told(
                     other.result(LIMIT_S)
                 other = pool.submit(use)
             assert torch.equal(other.result(LIMIT_S), expected)
+
+
+def test_what_a_thread_has_left_pinned_keeps_no_other_one_waiting(store: Path) -> None:
+    with litrt.Runtime(Model, store, budget="min") as rt:
+        names = [entry.segment.name for entry in rt._pipeline.cache.entries]
+        rt._pipeline.acquire((names.index("table.weight"),))  # and interrupted before it is released
+        with torch.no_grad():
+            assert torch.equal(
+                in_a_thread(lambda: rt.module.attention.in_proj_weight + 0),  # type: ignore[arg-type]
+                Model().attention.in_proj_weight,
+            )
+        assert not rt._pipeline._turns.is_anybody_at_work
