@@ -282,15 +282,13 @@ class Pipeline:
         """Says that the operator is done with what `acquire` gave it."""
         binding.tensors.clear()
         with self._lock, self._unfinished:
-            if self._unfinished.is_broken_off:
-                # What is known of blocks may be wrong: it is for `is_sound` to see, and nothing to act on.
-                self._turns.unpin(binding.entries)
-                self._log.drop(binding.access)
-                return
             for entry in binding.entries:
                 self.cache.used(entry)
                 self._device.record_use(entry.used)
             self._turns.unpin(binding.entries)
+            if self._unfinished.is_broken_off:
+                self._log.drop(binding.access)
+                return  # what is known of blocks may be wrong: nothing to follow a plan by
             self._log.end(binding.access, self._device.mark())
             if self._follower is not None and not self._closed:
                 self._follower.end(binding.step)

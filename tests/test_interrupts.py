@@ -24,7 +24,7 @@ N_MOMENTS = 40
 """Moments at which each thing is interrupted, and for every other one what mends it as well."""
 
 N_MOMENTS_OF_MENDING = 150
-"""Among how many the moment for that is drawn; where nothing has to be undone there are less."""
+"""Among how many the moment for that is drawn; where nothing has to be undone there are fewer."""
 
 _WITHOUT_STATE = {f"litrt.{name}" for name in ("layout", "residency", "schedule", "trace")}
 """Modules that only compute, in which nearly all moments would be."""
