@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, RangeByteRequest
@@ -39,6 +41,20 @@ class MissingChunkError(Exception):
         self.key = key
 
 
+@dataclass(eq=False, slots=True)
+class _Request:
+    """One that was made, when, and whether it was waited for too long."""
+
+    loop: asyncio.AbstractEventLoop
+    task: asyncio.Task[Buffer | None]
+    began_s: float
+    is_lost: bool = False
+
+    def cancel(self) -> None:
+        """Gives it up, from any thread."""
+        self.loop.call_soon_threadsafe(self.task.cancel)
+
+
 class CheckedStore(WrapperStore[ZarrStore]):
     """Raises where zarr-python would take a chunk that is missing for one that is all zeros, or read any size.
 
@@ -65,7 +81,7 @@ class CheckedStore(WrapperStore[ZarrStore]):
         self._sizes = sizes
         self._is_sparse = is_sparse
         self._is_remote = not isinstance(store, LocalStore | MemoryStore | ZipStore)
-        self._requests: set[tuple[asyncio.AbstractEventLoop, asyncio.Task[Buffer | None]]] = set()
+        self._requests: set[_Request] = set()
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Returns what the store has under `key`.
@@ -118,14 +134,18 @@ class CheckedStore(WrapperStore[ZarrStore]):
         began_s, pause_s, n_asked = loop.time(), _FIRST_PAUSE_S, 0
         while True:
             task = asyncio.ensure_future(self._store.get(key, prototype, byte_range))
-            request = loop, task
+            request = _Request(loop, task, time.monotonic())
             self._requests.add(request)
             try:
                 return await task
             except asyncio.CancelledError:
-                if task.cancelled() and request not in self._requests:
+                if not task.cancelled():
+                    raise
+                if request not in self._requests:
                     raise OSError(f"the store was closed before it had answered for {key}") from None
-                raise
+                if not request.is_lost:
+                    raise
+                continue
             except _FINAL:
                 raise
             except Exception:
@@ -138,13 +158,20 @@ class CheckedStore(WrapperStore[ZarrStore]):
             await asyncio.sleep(pause_s * random.uniform(0.7, 1.0))
             pause_s *= 2
 
+    def ask_again(self, after_s: float) -> None:
+        """Gives up requests that have had no answer for so many seconds, and makes them again."""
+        now_s = time.monotonic()
+        for request in list(self._requests):
+            if now_s - request.began_s >= after_s:
+                request.is_lost = True
+                request.cancel()
+
     def close(self) -> None:
         """Gives up what was asked for and not answered. A store that the caller opened stays open.
 
         One that could not be opened cannot be closed.
         """
         while self._requests:
-            loop, task = self._requests.pop()
-            loop.call_soon_threadsafe(task.cancel)
+            self._requests.pop().cancel()
         if self._owned and self._store._is_open:
             super().close()

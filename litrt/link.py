@@ -386,6 +386,9 @@ class Link:
         """Marks the start of a pass of the model."""
         self._host.begin_pass(counting=counting)
 
+    def ask_again(self, after_s: float) -> None:
+        """Does nothing: the host tier waits for the store, and sees to that."""
+
     def close(self) -> None:
         """Waits for the copies under way, and closes the host tier."""
         self._device.synchronize()

@@ -50,6 +50,10 @@ class Loader(Protocol):
         """Marks the start of a pass of the model, of which stalls and faults count, or do not."""
         ...
 
+    def ask_again(self, after_s: float) -> None:
+        """Says that something was waited for too long: what was asked for so many seconds ago is asked for again."""
+        ...
+
     def close(self) -> None:
         """Lets go of everything; nothing is being loaded."""
         ...
@@ -123,6 +127,10 @@ class StoreLoader:
 
     def begin_pass(self, *, counting: bool) -> None:
         """Does nothing."""
+
+    def ask_again(self, after_s: float) -> None:
+        """Makes requests of a remote store again; a disk answers when it does."""
+        self._reader.store.ask_again(after_s)
 
     def close(self) -> None:
         """Closes the reader."""

@@ -182,6 +182,10 @@ class ReadThreads(Generic[T]):
                 to wait for it again.
         """
         load = next(iter(self._under_way.values()), None)
+        if load is not None and load is not self._waiting.load and self._patience is not None:
+            limit_s = self._patience.limit_s(self._bytes_under_way)
+            if time.perf_counter() - load.began_s >= limit_s:  # somebody has waited for it in vain, before this
+                self._loader.ask_again(limit_s)
         began_s = time.monotonic()
         is_notified = changed.wait(LOOK_S if timeout_s is None else min(timeout_s, LOOK_S))
         if self._queue and len(self._under_way) < self.n_threads:

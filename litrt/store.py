@@ -115,6 +115,12 @@ class Store(Mapping[str, TensorInfo]):
                 self._group = self._open_group()
             return self._group
 
+    def ask_again(self, after_s: float) -> None:
+        """Makes requests of a remote store again that it has not answered for so many seconds."""
+        group = self._group
+        if group is not None and isinstance(group.store, CheckedStore):
+            group.store.ask_again(after_s)
+
     def close(self) -> None:
         """Closes the Zarr group, if it was opened; the store can still be used, which opens it again."""
         if not self._lock.acquire(timeout=_CLOSE_S):

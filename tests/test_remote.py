@@ -159,6 +159,18 @@ def test_what_hangs_is_an_error_and_close_gives_it_up(network: Content) -> None:
     assert time.monotonic() - began_s < 8
 
 
+def test_a_request_that_was_lost_is_made_again(network: Content) -> None:
+    lost = "weights.3/c/0/0"
+    with open_layers(network, read_timeout_s=0.15) as rt:
+        rt.warmup(vector(WIDTH))
+        network.trouble = lambda key: 3600.0 if key == lost else 0.0
+        with pytest.raises(litrt.StalledReadError, match=r"weight 'weights\.3'"):
+            run_passes(rt, vector(WIDTH), 2)
+        network.trouble = lambda key: 0.0
+        for _ in range(2):
+            assert torch.equal(rt(vector(WIDTH)), expected(WIDTH))
+
+
 def test_a_store_that_answers_late_is_served(network: Content) -> None:
     with open_layers(network, read_timeout_s=0.3) as rt:
         network.trouble = lambda key: 0.1
