@@ -6,13 +6,14 @@ make room; once that operator is done, it can.
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Set
 from types import FrameType
 
 from torch import nn
+
+from litrt.turns import current_frames
 
 _CALLS = frozenset({"_call_impl", "forward"})
 """Functions in whose frames `self` is a module."""
@@ -41,7 +42,7 @@ class Onlookers:
         module = self._module()
         modules = {id(part) for part in module.modules()} if module is not None else set()
         known = {threading.get_ident(), *waiting}
-        return any(_computes(frame, modules) for thread, frame in sys._current_frames().items() if thread not in known)
+        return any(_computes(frame, modules) for thread, frame in current_frames().items() if thread not in known)
 
 
 def _computes(frame: FrameType | None, modules: set[int]) -> bool:

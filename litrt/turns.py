@@ -10,9 +10,10 @@ one that has does not wait for it.
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
 from types import FrameType
 
@@ -34,9 +35,26 @@ def _is_at_work(frame: FrameType | None) -> bool:
     return False
 
 
-def idle(threads: Iterable[int]) -> set[int]:
+def current_frames() -> dict[int, FrameType]:
+    """Returns what every thread is at.
+
+    Python holds a lock while it makes a list of them: if the garbage collector ran then, as it does before Python 3.12,
+    and let another thread go on that begins or ends a thread, neither would ever end.
+    """
+    was_enabled = gc.isenabled()
+    try:
+        gc.disable()
+        return sys._current_frames()
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def idle(threads: Collection[int]) -> set[int]:
     """Returns those of some threads that are at no operator: the caller is at none."""
-    frames = sys._current_frames()
+    if not threads:
+        return set()
+    frames = current_frames()
     return {thread for thread in threads if thread == threading.get_ident() or not _is_at_work(frames.get(thread))}
 
 
