@@ -38,7 +38,7 @@ def _is_at_work(frame: FrameType | None) -> bool:
 def current_frames() -> dict[int, FrameType]:
     """Returns what every thread is at.
 
-    Python holds a lock while it makes a list of them: if the garbage collector ran then, as it does before Python 3.12,
+    Python holds a lock while it makes a list of them: if the garbage collector ran then, as it does in Python 3.11.7,
     and let another thread go on that begins or ends a thread, neither would ever end.
     """
     was_enabled = gc.isenabled()
