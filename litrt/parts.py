@@ -177,14 +177,12 @@ class Parts:
                 memory = self._cache.arena.memory(entry.block)
             try:
                 copy_rows(batch, memory, dest, served.itemsize)
-            except BaseException:
+            finally:
                 del memory
                 with lock:
                     unpin([entry])
-                raise
-            del memory
+            # Not after an exception: what is known of blocks may be wrong then.
             with lock:
-                unpin([entry])
                 if entry.is_loose:
                     self._cache.let_go(entry)
             gathered(batch.n_elements * stored.itemsize)

@@ -607,9 +607,9 @@ class Pipeline:
 
     def _mend(self) -> None:
         """Puts right what was broken off before an operator begins outside of a pass."""
-        unfinished = self._unfinished
-        is_inner = self._turns.am_i_at_work and not unfinished.is_broken_off  # an operator inside of another one
-        if unfinished.is_suspect and self._pass_thread is None and not (is_inner or self._closed):
+        if not self._unfinished.is_suspect or self._pass_thread is not None or self._closed:
+            return
+        if self._unfinished.is_broken_off or not self._turns.am_i_at_work:  # not inside of another operator
             self.mend()
 
     @property

@@ -440,7 +440,7 @@ class Runtime:
         self._is_suspect = True
 
     def _mend_outside(self) -> None:
-        """Does that for a use of weights outside of a pass, unless another thread is about to begin one, or ends it."""
+        """Mends before a use of weights outside of a pass, unless another thread is about to begin one, or ends it."""
         if self._passes.lock.acquire(blocking=False):
             try:
                 if not self._passes.is_in_one:

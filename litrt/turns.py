@@ -133,16 +133,15 @@ class Turns:
         self._unpin(entries)
 
     def _unpin(self, entries: Sequence[Entry]) -> None:
+        me = threading.get_ident()
         for entry in entries:
-            thread = threading.get_ident()
-            if entry not in self._pinned.get(thread, ()):
-                thread = next((other for other, pinned in self._pinned.items() if entry in pinned), thread)
-            pinned = self._pinned.get(thread, [])
-            if entry in pinned:  # or an interrupt has come before it, and it is forgotten
-                pinned.remove(entry)
-                entry.n_pins -= 1
-            if not pinned:
-                self._pinned.pop(thread, None)  # threads end
+            thread = next((thread for thread in (me, *self._pinned) if entry in self._pinned.get(thread, ())), None)
+            if thread is None:
+                continue  # an interrupt has come before it, and it is forgotten
+            entry.n_pins -= 1
+            self._pinned[thread].remove(entry)
+            if not self._pinned[thread]:
+                del self._pinned[thread]  # threads end
         if entries and self._n_waiting:
             self._wake()
 
