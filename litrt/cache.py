@@ -77,7 +77,8 @@ class Entry:
     n_waiting: int = 0  # operators that wait for their turn to make room for it
     n_pending: int = 0  # pieces not read yet
     held_until: int = 0  # planned: released when this many steps have ended; 0: kept until room is needed
-    error: BaseException | None = None
+    error: BaseException | None = None  # of its last read
+    is_forgiven: bool = False  # an error of the read under way is of no account
     is_gone: bool = False  # there is another entry in its place
 
     @property
@@ -86,7 +87,9 @@ class Entry:
         return self.state is State.READY and not (self.n_pins or self.held_until or self.resident)
 
     def take_error(self) -> BaseException | None:
-        """Returns the error of the last read, once."""
+        """Returns the error of the last read, once, when all its pieces are done: none is forgotten before."""
+        if self.state is State.READING:
+            return None
         error, self.error = self.error, None
         return error
 

@@ -325,7 +325,7 @@ class Pipeline:
         """Waits until pinned `entries` are all there, loading those of which nothing is; returns those that were."""
         self.cache.reap()
         if self._pass_thread is None:
-            self._forgive()
+            self._forgive(entries)
         self._revive(entries)
         whole = [entry for entry in entries if entry.part is None]
         hits = [entry for entry in whole if entry.state is State.READY]
@@ -352,12 +352,18 @@ class Pipeline:
             if entry.state is State.READING and not pending[entry] and not self._turns.is_taken:
                 raise gone(entry)
 
-    def _forgive(self) -> None:
-        """Forgets errors of reads that nobody has waited for: what failed then need not fail again."""
+    def _forgive(self, mine: Sequence[Entry] = ()) -> None:
+        """Forgets errors of reads that nobody waits for: what failed then need not fail again.
+
+        Args:
+            mine: What the caller has pinned, and has not waited for yet.
+        """
         for entry in self._failed:
             if entry.state is State.ABSENT:
                 entry.error = None
         self._failed.clear()
+        for entry in self._reads.pending():
+            entry.is_forgiven = not entry.resident and entry.n_pins == (entry in mine)
 
     def _revive(self, entries: list[Entry]) -> None:
         """Takes back what of pinned `entries` was released and lives on; raises what reading one of them has raised."""
@@ -727,7 +733,7 @@ class Pipeline:
             pieces = () if entry.segment.is_slot else self._loader.pieces(entry.info)
         entry.state = State.READING if pieces else State.READY
         entry.n_pending = len(pieces)
-        entry.error = None
+        entry.error, entry.is_forgiven = None, False
         self.counters.read_bytes += entry.segment.fetch_bytes
         self._reads.queue(priority, entry, pieces, self.cache.arena.memory(entry.block), tuple(entry.block.waits))
 
@@ -741,7 +747,10 @@ class Pipeline:
             return
         entry.state = State.READY
         if entry.error is not None:
-            self._failed.append(entry)
+            if entry.is_forgiven:
+                entry.error = None  # whoever waits for it reads it again
+            else:
+                self._failed.append(entry)
             self.cache.free(entry)
             self._ready.notify_all()
             return

@@ -267,6 +267,113 @@ def test_any_error_of_a_read_reaches_the_caller_as_it_is(
         assert torch.equal(rt(vector(32)), expected(32))
 
 
+class Reads:
+    """Reads of one weight, which fail or wait where a test says so.
+
+    Attributes:
+        name: The weight; of none, if it is empty.
+        begun: Set once a read of it waits.
+        go_on: Lets the reads go on that wait.
+        n: Reads of it so far.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.name = ""
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
+        self.n = 0
+        self._lock = threading.Lock()
+        self._read_part = Reader.read_part
+        monkeypatch.setattr(Reader, "read_part", lambda *args: self._read(*args))
+
+    def _read(self, reader: Reader, piece: Piece, part: Bytes) -> None:
+        if piece.name == self.name:
+            with self._lock:
+                self.n += 1
+                number = self.n
+            self.read(number)
+        self._read_part(reader, piece, part)
+
+    def read(self, number: int) -> None:
+        """Called before each of them, with its number from 1 on."""
+        raise NotImplementedError
+
+    def wait(self) -> None:
+        """Waits until it is to go on."""
+        self.begun.set()
+        assert self.go_on.wait(LIMIT_S)
+
+    def fail(self) -> None:
+        """Fails."""
+        raise litrt.CorruptWeightError("it fails", name=self.name, file="")
+
+
+class FailsAtFirst(Reads):
+    """One piece of it fails, and another one takes longer."""
+
+    def read(self, number: int) -> None:
+        if number == 1:
+            assert self.begun.wait(LIMIT_S)
+            self.fail()
+        if number == 2:
+            self.wait()
+
+
+@pytest.mark.parametrize("policy", ["belady", "lru"])
+def test_a_weight_of_which_a_piece_has_failed_is_not_served_when_the_others_are_there(
+    policy: Any, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litrt.arrays.TARGET_CHUNK_BYTES", 512)
+    monkeypatch.setattr("litrt.reads.LOOK_S", 0.02)
+    path = make_store(Layers())
+    reads = FailsAtFirst(monkeypatch)
+    with litrt.Runtime(Layers, path, budget="70%", policy=policy, n_threads=2) as rt:
+        run_passes(rt, vector(32), 3)
+        reads.name = streamed_name(rt, 1) if policy == "belady" else "weights.3"
+        # Whoever waits for it looks around meanwhile.
+        timer = threading.Timer(0.2, reads.go_on.set)
+        timer.start()
+        with pytest.raises(litrt.CorruptWeightError, match="it fails"):
+            run_passes(rt, vector(32), 2)
+        timer.join()
+        for _ in range(3):
+            assert torch.equal(rt(vector(32)), expected(32))
+
+
+class FailsLate(Reads):
+    """The first read of it fails when it is to go on."""
+
+    def read(self, number: int) -> None:
+        if number == 1:
+            self.wait()
+            self.fail()
+
+
+@pytest.mark.parametrize("is_pass", [True, False])
+@pytest.mark.parametrize("policy", ["belady", "lru"])
+def test_a_read_that_is_under_way_when_a_use_begins_may_have_met_a_fault_that_is_gone(
+    policy: Any, is_pass: bool, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litrt.reads.LOOK_S", 0.02)
+    path = make_store(Layers())
+    reads = FailsLate(monkeypatch)
+    with litrt.Runtime(Layers, path, budget="60%", policy=policy, n_threads=1, read_timeout_s=0.15) as rt:
+        run_passes(rt, vector(32), 3)
+        reads.name = streamed_name(rt, 1) if policy == "belady" else "weights.3"
+        with pytest.raises(litrt.StalledReadError, match=reads.name):
+            run_passes(rt, vector(32), 2)
+        if is_pass:
+            rt.module.before = lambda _: reads.go_on.set()
+        else:
+            timer = threading.Timer(0.05, reads.go_on.set)
+            timer.start()
+            assert torch.equal(rt.module.get_parameter(reads.name).clone(), Layers().get_parameter(reads.name))
+            timer.join()
+        for _ in range(2):
+            assert torch.equal(rt(vector(32)), expected(32))
+        assert reads.n >= 2
+
+
 @pytest.mark.parametrize("budget", ["min", "60%", "100%"])
 def test_a_damaged_weight_fails_the_warmup_and_a_repaired_one_does_not(budget: str, make_store: MakeStore) -> None:
     path = make_store(Layers())

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeStore
-from test_faults import N_LAYERS, Layers, chunk_file, constructor, damage, expected, run_passes, truncate, vector
+from test_faults import N_LAYERS, Layers, constructor, damage, expected, run_passes, truncate, vector
 
 import litrt
 from litrt.staging import exchange
@@ -117,10 +117,19 @@ FAULTS: dict[str, tuple[str, Fault]] = {
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_fault_at_any_place_is_one_error_that_names_it(kind: str, make_store: MakeStore) -> None:
+def test_a_fault_at_any_place_is_one_error_that_names_it(
+    kind: str, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = random.Random(kind)
-    # Read through the page cache, past it, and decoded.
-    for width, compress, half in ((32, None, "50%"), (260, None, "50%"), (260, "zstd", 3_000_000)):
+    # Read through the page cache, in one piece and in several, past it, and decoded.
+    whole_bytes = 32 << 20
+    for width, chunk_bytes, compress, half in (
+        (32, whole_bytes, None, "50%"),
+        (32, 512, None, "50%"),
+        (260, whole_bytes, None, "50%"),
+        (260, whole_bytes, "zstd", 3_000_000),
+    ):
+        monkeypatch.setattr("litrt.arrays.TARGET_CHUNK_BYTES", chunk_bytes)
         result = expected(width)
         path = make_store(Layers(width), "served.zarr", compress=compress, overwrite=True)
         other = {name: 2 * value for name, value in Layers(width).state_dict().items()}
@@ -128,7 +137,7 @@ def test_a_fault_at_any_place_is_one_error_that_names_it(kind: str, make_store: 
         for budget, policy in (("min", "belady"), (half, "belady"), (half, "lru")):
             with litrt.Runtime(constructor(width), path, budget=budget, policy=policy) as rt:  # type: ignore[arg-type]
                 rt.warmup(vector(width))
-                for _ in range(N_PLACES // 9 + 1):
+                for _ in range(N_PLACES // 12 + 1):
                     fail_once(rt, path, vector(width), result, kind, chosen)
 
 
@@ -138,7 +147,7 @@ def fail_once(
     said, fault = FAULTS[kind]
     resident = {rt.plan.segments[index].name for index in rt.plan.resident}
     name = chosen.choice([f"weights.{number}" for number in range(N_LAYERS) if f"weights.{number}" not in resident])
-    file = chunk_file(path, name)
+    file = chosen.choice(sorted(file for file in (path / name / "c").rglob("*") if file.is_file()))
     at = chosen.randrange(N_LAYERS)
     with contextlib.ExitStack() as faults:
 

@@ -83,7 +83,8 @@ def test_what_fails_is_asked_for_again(error: type[Exception], network: Content)
             return 0.0
 
         network.trouble = trouble
-        assert torch.equal(rt(vector(WIDTH)), expected(WIDTH))
+        for _ in range(2):  # the first one may have begun to be read before that
+            assert torch.equal(rt(vector(WIDTH)), expected(WIDTH))
         assert not any(failures.values())
 
 
