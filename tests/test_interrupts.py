@@ -31,6 +31,8 @@ _WITHOUT_STATE = {f"litrt.{name}" for name in ("layout", "residency", "schedule"
 
 LIMIT_S = 20.0
 WIDTH = 128
+CHUNK_BYTES = 64 << 10
+"""The table and the projections of the attention are in several pieces."""
 
 
 class Model(nn.Module):
@@ -92,7 +94,9 @@ class Interrupts:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("interrupts") / "model.zarr"
-    litrt.convert(Model().state_dict(), path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("litrt.arrays.TARGET_CHUNK_BYTES", CHUNK_BYTES)
+        litrt.convert(Model().state_dict(), path)
     return path
 
 

@@ -75,11 +75,19 @@ def fails(rt: litrt.Runtime, width: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "fake"])
-@pytest.mark.parametrize("width", [32, 260])  # buffered, direct
+@pytest.mark.parametrize(("width", "chunk_bytes"), [(32, 32 << 20), (32, 512), (260, 32 << 20)])
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_a_read_that_hangs_is_an_error_and_is_used_when_it_has_ended(
-    device: str, width: int, n_threads: int, disk: Disk, make_store: MakeStore
+    device: str,
+    width: int,
+    chunk_bytes: int,
+    n_threads: int,
+    disk: Disk,
+    make_store: MakeStore,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Buffered, in one piece and in several; direct.
+    monkeypatch.setattr("litrt.arrays.TARGET_CHUNK_BYTES", chunk_bytes)
     path = make_store(Layers(width))
     options: dict[str, Any] = {"budget": "60%", "n_threads": n_threads, "read_timeout_s": TIMEOUT_S}
     if device == "fake":

@@ -260,8 +260,12 @@ class Machine(RuleBasedStateMachine):
         policy=st.sampled_from(["belady", "belady", "lru"]),
         n_threads=st.integers(1, 2),
         compress=st.sampled_from([None, "lz4"]),
+        chunk_bytes=st.sampled_from([32 << 20, 512]),
     )
-    def open(self, spec: Spec, budget: str | float, policy: Any, n_threads: int, compress: str | None) -> None:
+    def open(
+        self, spec: Spec, budget: str | float, policy: Any, n_threads: int, compress: str | None, chunk_bytes: int
+    ) -> None:
+        self.undo.setattr("litrt.arrays.TARGET_CHUNK_BYTES", chunk_bytes)
         self.plain = filled(Graph(spec))
         path = Path(self.folder.name) / "model.zarr"
         litrt.convert(self.plain.state_dict(), path, compress=compress, progress=False)
