@@ -31,6 +31,11 @@ from litrt.tensors import TensorInfo
 from litrt.trace import Segment
 from litrt.units import format_bytes
 
+_LOOK_S = 0.002
+"""How often to look whether the cycle collector is free, where another thread is at it."""
+
+_LOOKS = 500
+
 
 class State(Enum):
     """What the arena holds of a segment."""
@@ -105,6 +110,14 @@ class _Lease(weakref.ref[Memory]):
     block: Block
 
 
+def _collect() -> bool:
+    """Runs the cycle collector; says whether it ran, as it does not while it is at work."""
+    n_before: int = gc.get_stats()[-1]["collections"]
+    gc.collect()
+    n_after: int = gc.get_stats()[-1]["collections"]
+    return n_after > n_before
+
+
 class Crowded(Exception):
     """There is no room until another thread lets go of something."""
 
@@ -127,7 +140,7 @@ class Cache:
         arena: Where the bytes are.
         scratch_bytes: What reads need beside the arena.
         growable: Raise the arena's limit instead of failing where a use does not fit.
-        wait: Waits until a read has ended.
+        wait: Waits until something may have changed, or for some seconds.
     """
 
     def __init__(
@@ -139,7 +152,7 @@ class Cache:
         *,
         scratch_bytes: int,
         growable: bool,
-        wait: Callable[[], object],
+        wait: Callable[[float | None], object],
     ) -> None:
         self.entries = [Entry(segment, info) for segment, info in zip(segments, infos, strict=True)]
         self.arena = arena
@@ -382,15 +395,17 @@ class Cache:
             if self._evict_one():
                 continue
             if any(other.state is State.READING and not other.n_pins for other in self._owners.values()):
-                self._wait()  # what is to stay among them; for this one too it may be, fetched by another thread
+                self._wait(None)  # what is to stay among them; for this one too it may be, fetched by another thread
             elif self.is_crowded():
                 raise Crowded
             elif not collected and any(other.state is State.HELD for other in self._owners.values()):
-                # Tensors over released blocks may be waiting for the cycle collector.
                 collected = True
-                gc.collect()
-                self._evict_held()
+                self.collect()
             elif not self._evict_one_resident() and not self._grow(segment):
+                if not collected and any(other.resident and not other.n_pins for other in self._owners.values()):
+                    collected = True  # they could not be evicted
+                    self.collect()
+                    continue
                 if self.is_watched():
                     raise Crowded
                 if is_last:
@@ -441,6 +456,15 @@ class Cache:
                 return True
         return False
 
+    def collect(self) -> None:
+        """Ends the tensors over blocks that wait for the cycle collector, and frees the held ones among these."""
+        # Where another thread is at it, it does nothing, and that one may need the lock.
+        for _ in range(_LOOKS):
+            if _collect():
+                break
+            self._wait(_LOOK_S)
+        self._evict_held()
+
     def _evict_held(self) -> None:
         """Frees held blocks over which a plain tensor still is, as somebody computed with it when it was to go."""
         for index, entry in enumerate(self.entries):
@@ -470,6 +494,10 @@ class Cache:
         if needed_bytes <= budget_bytes:  # there is room, in pieces
             needed_bytes = budget_bytes + segment.size_bytes
         beside = f" beside {format_bytes(held_bytes)} in use" if held_bytes else ""
+        kept = [entry.segment.name for entry in self._owners.values() if entry.state is State.HELD]
+        if kept:
+            more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
+            beside += f", as somebody keeps tensors over {kept[0]!r}{more}"
         raise BudgetError(
             f"budget {format_bytes(budget_bytes)} cannot hold {segment.name!r} ({format_bytes(segment.nbytes)})"
             f"{beside}; "

@@ -12,7 +12,6 @@ for.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import threading
 import time
@@ -526,7 +525,7 @@ class Pipeline:
                     self._turns.wait_for_others(timeout_s=_LOOK_S)
                 elif not is_last:
                     is_last = True
-                    gc.collect()  # tensors over released blocks may be waiting for it
+                    self.cache.collect()
                 else:
                     in_the_way = (e for e in self._entries if e.block is not None and e.block.end > limit_bytes)
                     held = (entry for entry in self._entries if entry.state is State.HELD)

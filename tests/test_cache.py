@@ -26,7 +26,7 @@ def test_what_another_thread_has_fetched_while_room_was_made_is_not_placed_again
         TensorInfo(name, (size,), torch.uint8, size, name, size, True) for name, size in zip(names, sizes, strict=True)
     ]
 
-    def wait() -> None:
+    def wait(_: float | None) -> None:
         arriving.state = State.READY
         assert cache.place_planned(wanted, None)
         wanted.state = State.READING
@@ -51,7 +51,7 @@ def test_what_is_to_stay_does_not_make_room_before_it_is_there() -> None:
     infos = [TensorInfo(name, (size,), torch.uint8, size, name, size, True) for name, size in sizes.items()]
     waited = []
 
-    def wait() -> None:
+    def wait(_: float | None) -> None:
         assert stays.block is not None
         waited.append(arena.in_the_way(stays.block.offset, N_BYTES) == [stays.block])
         stays.state = State.READY
@@ -79,7 +79,7 @@ def test_room_is_made_at_the_cost_of_what_was_used_longest_ago_and_of_what_is_pl
     arena = Arena(device, ROOM * 64, ROOM * 64)
     segments = [Segment(str(number), 64, 64, 64) for number in range(20)]
     infos = [TensorInfo(str(number), (64,), torch.uint8, 64, str(number), 64, True) for number in range(20)]
-    cache = Cache(segments, infos, device, arena, scratch_bytes=0, growable=False, wait=lambda: None)
+    cache = Cache(segments, infos, device, arena, scratch_bytes=0, growable=False, wait=lambda _: None)
     used: dict[Entry, int] = {}  # of what is there: when it was used last
     for now, (step, number) in enumerate(steps):
         entry = cache.entries[number]
@@ -134,7 +134,7 @@ def test_what_stays_is_moved_to_where_it_is_to_be_and_its_bytes_with_it(sizes: l
     segments = [Segment(str(n), size, align_up(size, aligns[1]), aligns[1]) for n, size in enumerate(sizes)]
     infos = [TensorInfo(str(n), (size,), torch.uint8, size, str(n), size, True) for n, size in enumerate(sizes)]
     arena = Arena(device, capacity, capacity, poison=True)
-    cache = Cache(segments, infos, device, arena, scratch_bytes=0, growable=False, wait=lambda: None)
+    cache = Cache(segments, infos, device, arena, scratch_bytes=0, growable=False, wait=lambda _: None)
     offset = 0
     holders = {}
     for number in first:

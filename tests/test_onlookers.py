@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable
@@ -91,7 +92,7 @@ def test_what_is_held_without_computing_is_an_error_at_once(plain: nn.Module, ma
     with litrt.Runtime(Net, make_store(plain), budget=budget) as rt:
         rt.warmup(X)
         row = rt.module.slow.linear.weight.detach()[0]
-        with pytest.raises(litrt.BudgetError):
+        with pytest.raises(litrt.BudgetError, match=r"in use, as somebody keeps tensors over 'slow\.linear\.weight';"):
             rt.module.wide(X)
         assert torch.equal(row, plain.slow.linear.weight[0])
 
@@ -131,6 +132,67 @@ def test_a_weight_that_could_not_make_room_before_does_once_it_can(plain: nn.Mod
         assert torch.equal(rt.module.wide(X), plain.wide(X))
         assert not held
         assert torch.equal(rt(X), plain(X))
+
+
+HOLDERS: dict[str, Callable[[torch.Tensor], object]] = {
+    "a tensor over it": lambda weight: weight.detach(),
+    "a view": lambda weight: weight.t(),
+    "a weak reference": weakref.ref,
+}
+
+
+def garbage(*things: object) -> None:
+    """Makes garbage of things, which only the cycle collector takes away."""
+    cycle = [*things]
+    cycle.append(cycle)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("how", HOLDERS)
+def test_a_weight_that_garbage_holds_makes_room(how: str, plain: nn.Module, make_store: MakeStore) -> None:
+    with litrt.Runtime(Net, make_store(plain), budget=4 * WIDTH * WIDTH * 4) as rt:
+        rt.warmup(X)
+        garbage(HOLDERS[how](rt.module.slow.linear.weight))
+        with torch.no_grad():
+            assert torch.equal(rt.module.wide(X), plain.wide(X))
+            assert torch.equal(rt(X), plain(X))
+
+
+class Finalizer:
+    """What the cycle collector is at for some time, in the thread that has called it."""
+
+    def __init__(self) -> None:
+        self.began, self.go_on = threading.Event(), threading.Event()
+
+    def __del__(self) -> None:
+        self.began.set()
+        self.go_on.wait(LIMIT_S)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("what", ["use", "set_budget"])
+def test_the_collector_is_waited_for_where_another_thread_is_at_it(
+    what: str, plain: nn.Module, make_store: MakeStore
+) -> None:
+    with litrt.Runtime(Net, make_store(plain), budget=4 * WIDTH * WIDTH * 4) as rt:
+        rt.warmup(X)
+        finalizer = Finalizer()
+        began, go_on = finalizer.began, finalizer.go_on
+        garbage(finalizer, *(weight.detach() for weight in rt.module.parameters() if type(weight) is nn.Parameter))
+        del finalizer
+        thread = threading.Thread(target=gc.collect)
+        thread.start()
+        assert began.wait(LIMIT_S)
+        timer = threading.Timer(0.1, go_on.set)
+        timer.start()
+        with torch.no_grad():
+            if what == "use":
+                assert torch.equal(rt.module.wide(X), plain.wide(X))
+            else:
+                rt.set_budget("min")
+            assert torch.equal(rt(X), plain(X))
+        thread.join(LIMIT_S)
+        timer.join()
 
 
 def in_thread(work: Callable[[], object], began: threading.Event, go_on: threading.Event, looks: Onlookers) -> bool:
