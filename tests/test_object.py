@@ -20,7 +20,10 @@ import litrt
 import litrt.runtime
 from litrt.placeholder import Placeholder
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # which torch itself uses, once
+]
 
 WIDTH = 16
 IDS = torch.arange(10)
@@ -510,7 +513,6 @@ RUNS: dict[str, Callable[[nn.Module], torch.Tensor]] = {
     ),
     "jvp": lambda m: torch.stack(torch.func.jvp(m.blocks[1], (X,), (X,))),
     "jacfwd": lambda m: torch.func.jacfwd(m.blocks[1].up)(X[0]),
-    "jit.trace": lambda m: torch.jit.trace(m.blocks[1], (X,), check_trace=False)(X),
 }
 
 
@@ -518,7 +520,6 @@ SOME = pytest.mark.parametrize(("budget", "is_warm"), [("min", False), ("50%", T
 
 
 @SOME
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @torch.no_grad()
 def test_what_else_runs_a_model_gives_the_same_bits(budget: str, is_warm: bool, path: Path, plain: nn.Module) -> None:
     with litrt.Runtime(Net, path, budget=budget) as rt:
@@ -528,6 +529,20 @@ def test_what_else_runs_a_model_gives_the_same_bits(budget: str, is_warm: bool, 
             expected = run(copy.deepcopy(plain))
             assert torch.equal(run(rt.module), expected), name
             assert torch.equal(rt(IDS), output(plain)), name
+        assert rt.stats().peak_bytes <= rt.stats().budget_bytes
+
+
+@pytest.mark.parametrize(("budget", "is_warm"), [("min", False), ("75%", True), ("100%", True)])
+@torch.no_grad()
+def test_a_trace_of_torch_jit_gives_the_same_bits(budget: str, is_warm: bool, path: Path, plain: nn.Module) -> None:
+    """It keeps the weights that it has met, as long as the process lives: there has to be room beside them."""
+    with litrt.Runtime(Net, path, budget=budget) as rt:
+        if is_warm:
+            rt.warmup(IDS)
+        made = torch.jit.trace(rt.module.blocks[1], (X,), check_trace=False)
+        for _ in range(2):
+            assert torch.equal(made(X), plain.get_submodule("blocks.1")(X))
+            assert torch.equal(rt(IDS), output(plain))
         assert rt.stats().peak_bytes <= rt.stats().budget_bytes
 
 
