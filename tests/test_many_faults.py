@@ -21,6 +21,7 @@ from test_faults import N_LAYERS, Layers, constructor, damage, expected, run_pas
 
 import litrt
 from litrt.staging import exchange
+from litrt.testing import FakeDevice
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -121,7 +122,7 @@ def test_a_fault_at_any_place_is_one_error_that_names_it(
     kind: str, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = random.Random(kind)
-    # Read through the page cache, in one piece and in several, past it, and decoded.
+    # Read through the page cache, in one piece and in several, past it, and decoded; on the host, and for a device.
     whole_bytes = 32 << 20
     for width, chunk_bytes, compress, half in (
         (32, whole_bytes, None, "50%"),
@@ -134,10 +135,16 @@ def test_a_fault_at_any_place_is_one_error_that_names_it(
         path = make_store(Layers(width), "served.zarr", compress=compress, overwrite=True)
         other = {name: 2 * value for name, value in Layers(width).state_dict().items()}
         make_store(other, "other.zarr", compress=compress, overwrite=True)
-        for budget, policy in (("min", "belady"), (half, "belady"), (half, "lru")):
-            with litrt.Runtime(constructor(width), path, budget=budget, policy=policy) as rt:  # type: ignore[arg-type]
+        runtimes: list[dict[str, Any]] = [
+            {"budget": "min"},
+            {"budget": half},
+            {"budget": half, "policy": "lru"},
+            {"budget": "min", "device": FakeDevice(), "host_budget": 0},
+        ]
+        for options in runtimes:
+            with litrt.Runtime(constructor(width), path, **options) as rt:
                 rt.warmup(vector(width))
-                for _ in range(N_PLACES // 12 + 1):
+                for _ in range(N_PLACES // 16 + 1):
                     fail_once(rt, path, vector(width), result, kind, chosen)
 
 
@@ -145,8 +152,9 @@ def fail_once(
     rt: litrt.Runtime, path: Path, x: torch.Tensor, result: torch.Tensor, kind: str, chosen: random.Random
 ) -> None:
     said, fault = FAULTS[kind]
-    resident = {rt.plan.segments[index].name for index in rt.plan.resident}
-    name = chosen.choice([f"weights.{number}" for number in range(N_LAYERS) if f"weights.{number}" not in resident])
+    plan = rt.host_plan or rt.plan  # of what is read from the disk
+    stored = [index for index, segment in enumerate(plan.segments) if not segment.is_slot]
+    name = plan.segments[chosen.choice([index for index in stored if index not in plan.resident])].name
     file = chosen.choice(sorted(file for file in (path / name / "c").rglob("*") if file.is_file()))
     at = chosen.randrange(N_LAYERS)
     with contextlib.ExitStack() as faults:

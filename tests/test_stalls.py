@@ -40,6 +40,7 @@ class Disk:
                     self.n_hanging += 1
                     assert self._changed.wait_for(lambda: not self._stuck, LIMIT_S), "the disk was left hanging"
                     self.n_hanging -= 1
+                    self._changed.notify_all()
             return preadv(fd, buffers, offset, *flags)
 
         monkeypatch.setattr(os, "preadv", hanging)
@@ -52,6 +53,7 @@ class Disk:
         with self._changed:
             self._stuck = ""
             self._changed.notify_all()
+            assert self._changed.wait_for(lambda: not self.n_hanging, LIMIT_S)
 
 
 @pytest.fixture
