@@ -129,6 +129,8 @@ class Arena:
 
     def place(self, nbytes: int, size_bytes: int, align_bytes: int) -> Block | None:
         """Returns a block in the first hole that fits, or None."""
+        if not size_bytes:
+            return Block(0, 0, nbytes)  # in nobody's way, wherever it is
         for start, end in zip(self._hole_starts, self._hole_ends, strict=True):
             offset = align_up(start, align_bytes)
             if offset + size_bytes <= end:
@@ -168,7 +170,7 @@ class Arena:
         self.held_bytes -= block.nbytes
 
     def is_sound(self, blocks: Iterable[Block]) -> bool:
-        """Says whether `blocks` are all that there are, apart from each other, and the holes what is between them."""
+        """Says whether `blocks` are all in memory that there are, apart from each other, the holes between them."""
         blocks = sorted((block for block in blocks if block.size_bytes), key=lambda block: block.offset)
         starts, ends = [0], []
         for block in blocks:
@@ -181,7 +183,8 @@ class Arena:
                 starts.append(block.end)
         ends.append(sys.maxsize)
         return (
-            blocks == self._blocks
+            self._memory is not None
+            and blocks == self._blocks
             and [block.offset for block in blocks] == self._offsets
             and (starts, ends) == (self._hole_starts, self._hole_ends)
             and sum(block.nbytes for block in blocks) == self.held_bytes

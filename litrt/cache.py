@@ -91,6 +91,11 @@ class Entry:
         """Whether it is there for no reason but that nobody has needed its room."""
         return self.state is State.READY and not (self.n_pins or self.held_until or self.resident)
 
+    def clear(self) -> None:
+        """Forgets its block, and the tensors over it."""
+        self.block = self.tensor = self.lease = self.copied = None
+        self.state = State.ABSENT
+
     def take_error(self) -> BaseException | None:
         """Returns the error of the last read, once, when all its pieces are done: none is forgotten before."""
         if self.state is State.READING:
@@ -231,9 +236,8 @@ class Cache:
         self._passing.pop(entry, None)
         # What was placed and never written to leaves what it would have waited for to the next one.
         self.arena.free(entry.block, [*entry.used, *(entry.block.waits if entry.copied is None else ())])
-        entry.block = entry.tensor = entry.lease = entry.copied = None
+        entry.clear()
         entry.used.clear()
-        entry.state = State.ABSENT
         entry.n_pending = entry.held_until = 0
 
     # Who stays, and who was used last.
@@ -350,7 +354,8 @@ class Cache:
 
         Args:
             absent: What an operator waits for.
-            together: All that it uses; where the room is in pieces, these are placed anew, and returned as well.
+            together: All that it uses; where the room is in pieces, those of these that nobody else uses, and that do
+                not stay, are placed anew, and returned as well.
             again: Where the room is in pieces, try once more from the start.
 
         Raises:
@@ -369,11 +374,12 @@ class Cache:
         except BaseException as error:
             if isinstance(error, LitrtError | Crowded) or self.is_sound():  # an interrupt comes while it waits, mostly
                 for entry in placed:
-                    self.free(entry)
+                    if not entry.is_gone:
+                        self.free(entry)
             if not isinstance(error, BudgetError):
                 raise
-            mine = [entry for entry in together if entry.state is State.READY]
-            if not (placed or mine) or not again or any(entry.n_pins > 1 or entry.resident for entry in mine):
+            mine = [e for e in together if e.state is State.READY and e.n_pins == 1 and not e.resident]
+            if not (placed or mine) or not again:
                 raise
             for entry in mine:
                 self.let_go(entry)
@@ -527,8 +533,7 @@ class Cache:
         """
         for entry in self.entries:
             entry.is_gone = True  # for the threads that read, from here on
-            entry.block = entry.tensor = entry.lease = entry.copied = None
-            entry.state = State.ABSENT
+            entry.clear()
         self.entries[:] = [Entry(segment, entry.info) for segment, entry in zip(segments, self.entries, strict=False)]
         self._owners.clear()
         self._passing.clear()
@@ -538,8 +543,7 @@ class Cache:
     def drop(self) -> None:
         """Forgets all that is there, and lets the arena go."""
         for entry in self.entries:
-            entry.tensor = entry.block = entry.lease = None
-            entry.state = State.ABSENT
+            entry.clear()
         self._owners.clear()
         self._passing.clear()
         self.arena.drop()

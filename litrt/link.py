@@ -8,8 +8,9 @@ add up.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,7 @@ from litrt.arena import Arena
 from litrt.bindings import Binding, Counters
 from litrt.budget import as_segments, casts_some, slot_segment
 from litrt.device import Bytes, CpuDevice, Device, Event, Memory
-from litrt.errors import BudgetError
+from litrt.errors import BudgetError, LitrtError
 from litrt.gather import Rows, rows_of
 from litrt.loader import StoreLoader
 from litrt.pipeline import Pipeline
@@ -27,6 +28,7 @@ from litrt.ranges import named_range
 from litrt.reader import Reader
 from litrt.tensors import TensorInfo
 from litrt.trace import Trace, Use
+from litrt.turns import idle
 
 COPY_BYTES = 16 << 20
 """A copy is split into pieces of this size, so that an urgent one need not wait for a large one to end."""
@@ -76,6 +78,7 @@ class HostTier:
         self.budget_bytes = budget_bytes
         self.plan: Plan | None = None
         self.pinned_bytes = self.peak_bytes = 0
+        self.let_go_of_copied: Callable[[], None] = lambda: None  # waits until what is being copied is
         self._memory = _HostMemory(device)
         self._reader = reader
         self._n_threads = n_threads
@@ -131,11 +134,17 @@ class HostTier:
             timeout_s=self._timeout_s,
         )
         pipeline.cache.evict_resident = lambda index: True  # nothing but the tier itself refers to it
+        pipeline.let_go_of_copied = self.let_go_of_copied
         return pipeline
 
     def follow(self, plan: Plan | None, link_bps: float) -> None:
-        """Prepares for the copies of `plan`, or, for None, for whatever will be asked for. Nothing is being copied."""
+        """Prepares for the copies of `plan`, or, for None, for whatever will be asked for. Nothing is being copied.
+
+        Raises:
+            StalledReadError: If a read has not ended in time: as long as it has not, it keeps the memory before.
+        """
         if plan is None:
+            self._pipeline.settle_reads()
             self._close_pipeline()
             self._open()
             return
@@ -161,6 +170,7 @@ class HostTier:
             made = replan(self.plan, uses)
         else:
             disk_bps, latency_s = self._pipeline.measured()
+            self._pipeline.settle_reads()
             self._close_pipeline()
             self._pipeline = self._make(n_bytes)
             while True:
@@ -211,6 +221,10 @@ class HostTier:
         """Marks the start of a pass of the model. Copies for it may have begun long before."""
         self._pipeline.forget_pass(counting=counting)
 
+    def is_sound(self) -> bool:
+        """Says whether nothing was left half done."""
+        return not self._pipeline.is_closed and self._pipeline.is_sound(self.plan)
+
     def count(self) -> Counters:
         """Returns what was counted so far."""
         return self._before + self._pipeline.count()
@@ -248,7 +262,8 @@ class CopyPiece:
 class Link:
     """Loads segments into the memory of a device, from the host tier.
 
-    Threads: `load` is called by one thread only, in which copies are queued; the others by any.
+    Threads: `load` is called by one thread only, in which copies are queued; the others by any. That one lets go of
+    what it has copied when it copies the next; whoever needs that room in the host tier before does it in its place.
 
     Args:
         device: Copies.
@@ -266,8 +281,12 @@ class Link:
         self._served = served
         self._index = {info.name: index for index, info in enumerate(served)}
         self._bindings: dict[tuple[int, tuple[int, int] | None], Binding] = {}  # of which some pieces are to be copied
+        self._failed: dict[tuple[int, tuple[int, int] | None], BaseException] = {}  # of which a piece could not be had
         self._in_flight: deque[tuple[Event | None, int, Binding | None]] = deque()
         self._in_flight_bytes = 0
+        self._lock = threading.Lock()  # of these two
+        self._gathering: set[int] = set()  # threads, and those that an exception has broken off at it
+        host.let_go_of_copied = lambda: self._wait_until(0)
         casts = casts_some(served, stored)
         self.scratch_bytes = COPY_BYTES if casts else 0
         self._scratch: Memory | None = device.allocate(COPY_BYTES) if casts else None
@@ -290,9 +309,17 @@ class Link:
         """Queues the copy of a piece, once there is little else under way."""
         self._wait_until(_IN_FLIGHT_BYTES - piece.nbytes)
         key = piece.index, piece.part
+        if piece.offset == 0:
+            self._failed.pop(key, None)
+        elif key in self._failed:
+            raise self._failed[key]  # it would be waited for once more for every piece
         binding = self._bindings.get(key)
         if binding is None:
-            binding = self._bindings[key] = self._acquire(piece)
+            try:
+                binding = self._bindings[key] = self._acquire(piece)
+            except BaseException as error:
+                self._failed[key] = error.with_traceback(None)
+                raise
         event: Event | None = None
         try:
             with named_range("copy", [self._stored[piece.index].name]):
@@ -301,8 +328,9 @@ class Link:
         finally:
             if piece.is_last:
                 del self._bindings[key]
-            self._in_flight.append((event, piece.nbytes, binding if piece.is_last else None))
-            self._in_flight_bytes += piece.nbytes
+            with self._lock:
+                self._in_flight.append((event, piece.nbytes, binding if piece.is_last else None))
+                self._in_flight_bytes += piece.nbytes
 
     def _copy(self, piece: CopyPiece, memory: Memory, values: torch.Tensor, waits: Sequence[Event]) -> None:
         source = values[piece.offset : piece.offset + piece.nbytes]
@@ -331,10 +359,13 @@ class Link:
         except BudgetError:
             # Others are in the way: those on their way, and those that this one overtook, which are read again.
             self._wait_until(0)
-            for binding in self._bindings.values():
-                self._host.release(binding)
-            self._bindings.clear()
+            self._release_left()
             return self._acquire_now(piece)
+
+    def _release_left(self) -> None:
+        """Lets go of segments of which other pieces were to be copied: whoever copies these acquires them again."""
+        while self._bindings:
+            self._host.release(self._bindings.popitem()[1])
 
     def _acquire_now(self, piece: CopyPiece) -> Binding:
         if piece.part is None:
@@ -343,26 +374,43 @@ class Link:
 
     def _wait_until(self, n_bytes: int) -> None:
         """Waits until no more than `n_bytes` of copies are under way, and lets go of what has been copied."""
-        while self._in_flight:
-            event, piece_bytes, binding = self._in_flight[0]
-            if event is not None and not self._device.is_done(event):
-                if self._in_flight_bytes <= max(n_bytes, 0):
+        while True:
+            with self._lock:
+                if not self._in_flight:
                     return
+                event, piece_bytes, binding = self._in_flight[0]
+                is_done = event is None or self._device.is_done(event)
+                if is_done:
+                    self._in_flight.popleft()
+                    self._in_flight_bytes -= piece_bytes
+                elif self._in_flight_bytes <= max(n_bytes, 0):
+                    return
+            if not is_done:
                 self._device.pause()
-                continue
-            self._in_flight.popleft()
-            self._in_flight_bytes -= piece_bytes
-            if binding is not None:
+            elif binding is not None:
                 self._host.release(binding)
 
     def gather(self, index: int, rows: Rows) -> torch.Tensor:
         """Gathers rows on the host; what is read for them, the tier counts."""
-        return self._host.gather(index, rows)
+        thread = threading.get_ident()
+        self._gathering.add(thread)
+        try:
+            taken = self._host.gather(index, rows)
+        except LitrtError:
+            self._gathering.discard(thread)
+            raise
+        self._gathering.discard(thread)
+        return taken
 
     def follow(self, plan: Plan | None) -> None:
         """Makes the host tier plan for `plan`; nothing is being loaded."""
         self._wait_until(0)
+        self._in_flight_bytes = 0  # an interrupt may have come before it was counted
+        self._release_left()
+        self._failed.clear()
         self._host.follow(plan, self.link_bps)
+        if plan is None:  # the tier is a new one
+            self._gathering -= idle(self._gathering)
 
     def fit(self, arena_bytes: int) -> None:
         """Says what the device has, before `follow(None)`."""
@@ -385,6 +433,10 @@ class Link:
     def begin_pass(self, *, counting: bool) -> None:
         """Marks the start of a pass of the model."""
         self._host.begin_pass(counting=counting)
+
+    def is_sound(self) -> bool:
+        """Says whether nothing was left half done here, nor in the host tier."""
+        return not idle(self._gathering) and self._host.is_sound()
 
     def ask_again(self, after_s: float) -> None:
         """Does nothing: the host tier waits for the store, and sees to that."""

@@ -50,6 +50,10 @@ class Loader(Protocol):
         """Marks the start of a pass of the model, of which stalls and faults count, or do not."""
         ...
 
+    def is_sound(self) -> bool:
+        """Says whether nothing was left half done; called between passes."""
+        ...
+
     def ask_again(self, after_s: float) -> None:
         """Says that something was waited for too long: what was asked for so many seconds ago is asked for again."""
         ...
@@ -127,6 +131,10 @@ class StoreLoader:
 
     def begin_pass(self, *, counting: bool) -> None:
         """Does nothing."""
+
+    def is_sound(self) -> bool:
+        """Returns True: there is nothing to leave half done."""
+        return True
 
     def ask_again(self, after_s: float) -> None:
         """Makes requests of a remote store again; a disk answers when it does."""

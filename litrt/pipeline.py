@@ -16,7 +16,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -27,7 +27,7 @@ from litrt.bindings import Binding, Counters, Timings
 from litrt.budget import Budget
 from litrt.cache import Cache, Crowded, Entry, State, gone
 from litrt.device import Device, Memory
-from litrt.errors import ClosedError, TraceMismatchError
+from litrt.errors import BudgetError, ClosedError, TraceMismatchError
 from litrt.follower import Follower
 from litrt.gather import Rows
 from litrt.loader import Loader
@@ -103,7 +103,9 @@ class Pipeline:
         self._entries = self.cache.entries
         self._segments = tuple(segments)
         self._turns = Turns(self._wait, self._ready.notify_all)
-        self.cache.is_crowded = lambda: self._turns.are_others_at_work
+        self.cache.is_crowded = self._is_crowded
+        # What other threads have pinned for it, but need no more: they may not come to say so.
+        self.let_go_of_copied: Callable[[], None] = lambda: None
         # With plain tensors, beside those that wait for their turn: nobody asks for them.
         self.are_others_computing: Callable[[Set[int]], bool] = lambda _: False
         self.cache.is_watched = self._is_watched
@@ -195,18 +197,36 @@ class Pipeline:
                     return None
             if not self._device.is_host:
                 return self._gather_by_host(index, rows)
-            with self._slot_lock, self._noting(self._slot, index) as gathered:
+            # Whoever has pinned something, in a fused module, may be waited for by whoever has the lock.
+            lock = nullcontext() if self._turns.am_i_at_work else self._slot_lock
+            with lock, self._noting(self._slot, index) as gathered:
                 return self._parts.gather(index, rows, batches, self._ready, self._hold, self._turns.unpin, gathered)
 
     def _gather_by_host(self, index: int, rows: Rows) -> torch.Tensor:
         """Returns rows that came by way of the host: nothing of them was in the arena."""
-        with self._noting((), index) as gathered:
-            taken = self._loader.gather(index, rows).to(self._entries[index].info.dtype)
+        with self._noting((), index) as gathered, self._elsewhere():
+            try:
+                taken = self._loader.gather(index, rows).to(self._entries[index].info.dtype)
+            except ClosedError:
+                self._check_open()
+                raise gone(self._entries[index]) from None  # `reset` has closed what it came from
             with self._lock:
                 self.counters.read_bytes += taken.nbytes
                 self.counters.gathered_bytes += taken.nbytes
             gathered(taken.nbytes)
         return taken.to(self._device.torch_device)
+
+    @contextmanager
+    def _elsewhere(self) -> Iterator[None]:
+        """Makes those wait that want to be alone, for what pins nothing here."""
+        with self._lock:
+            self._turns.make_way()
+            self._turns.enter_elsewhere()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._turns.leave_elsewhere()
 
     @contextmanager
     def _noting(self, slot: tuple[int, ...], table: int) -> Iterator[Callable[[int], None]]:
@@ -259,6 +279,7 @@ class Pipeline:
 
     def _hold(self, entries: list[Entry]) -> None:
         """Pins entries and waits until they are all there."""
+        self._check_open()
         self._turns.pin(entries)
         for entry in entries:
             if entry.state is not State.READY or entry.part is not None or entry.copied is not None:
@@ -296,8 +317,13 @@ class Pipeline:
         """Reads again, in place, what an operator has written to."""
         with self._lock, self._unfinished:
             for entry in binding.entries:
-                assert entry.block is not None
-                self._device.record_use(entry.block.waits)  # not before the operator that has written to it
+                while entry.state is State.READING:
+                    self._wait()  # another thread has written to it as well
+                if entry.block is None:
+                    continue  # and it could not be read again
+                # Not before the operator that has written to it; nor does anything else come there before that.
+                self._device.record_use(entry.block.waits)
+                self._device.record_use(entry.used)
                 self._queue_reads(entry, _URGENT)
             while any(entry.state is State.READING for entry in binding.entries):
                 self._wait()
@@ -335,9 +361,8 @@ class Pipeline:
         absent = [entry for entry in entries if entry.state is State.ABSENT]
         began_s = time.perf_counter()
         while any(entry.state is not State.READY for entry in entries):
-            if any(entry.state is State.ABSENT for entry in entries):
-                self._place(entries)
-            elif not self._wait():
+            is_absent = any(entry.state is State.ABSENT for entry in entries)
+            if not (is_absent and self._place(entries)) and not self._wait():
                 self._check_queued(entries)
             self._revive(entries)
         if absent:
@@ -374,24 +399,40 @@ class Pipeline:
             if (error := entry.take_error()) is not None:
                 raise error
 
-    def _place(self, entries: list[Entry]) -> None:
-        """Finds room for those of pinned `entries` that are absent and queues their reads, or waits for its turn."""
+    def _place(self, entries: list[Entry]) -> bool:
+        """Finds room for those of pinned `entries` that are absent and queues their reads, or waits for its turn.
+
+        Returns:
+            Whether it did; others of them may be in the way until they have been read.
+        """
         with self._turns.mine(entries):
             self._revive(entries)
             absent = [entry for entry in entries if entry.state is State.ABSENT]
             if not absent:
-                return
+                return True
             slot = self._entries[self._slot[0]] if self._slot else None
             if absent[0].part is not None and self.cache.place_in_room(absent[0], slot):
                 self._queue_reads(absent[0], _URGENT)
-                return
+                return True
             try:
                 placed = self.cache.place_now(absent, entries)
             except Crowded:
                 self._wait_for_others(entries)
-                return
+                return True
+            except BudgetError:
+                if any(entry.state is State.READING for entry in entries):
+                    return False
+                raise
             for entry in placed:
                 self._queue_reads(entry, _URGENT)
+            return True
+
+    def _is_crowded(self) -> bool:
+        """Says whether other threads have pinned what they will let go of."""
+        if not self._turns.are_others_at_work:
+            return False
+        self.let_go_of_copied()
+        return True
 
     def _is_watched(self) -> bool:
         """Says whether other threads may have plain tensors that they will let go of."""
@@ -453,7 +494,8 @@ class Pipeline:
             for entry in self._entries:
                 if entry.resident:
                     entry.copied = None
-            self._loader.follow(plan)
+            with nullcontext() if self._device.is_host else self._turns.alone():
+                self._loader.follow(plan)
             self._plan = plan
             if plan.policy != "lru":
                 self._follower = Follower(plan, self.cache, self._queue_reads)
@@ -466,6 +508,16 @@ class Pipeline:
             for entry in self._entries:
                 entry.held_until = 0
             while any(entry.state is State.READING for entry in self._entries):
+                self._wait()
+
+    def settle_reads(self) -> None:
+        """Waits until nothing is being read.
+
+        Raises:
+            StalledReadError: If a read has not ended in time. Nothing has changed then.
+        """
+        with self._lock:
+            while self._reads.pending():
                 self._wait()
 
     def forget_residents(self) -> None:
@@ -638,6 +690,7 @@ class Pipeline:
                     for entry in self._entries
                     if entry.state is State.READING
                 )
+                and self._loader.is_sound()
             )
 
     def _follows(self, plan: Plan | None) -> bool:
@@ -660,12 +713,14 @@ class Pipeline:
         with self._lock:
             self._is_undone = True
             self._plan = self._follower = self._pass_thread = None
-            self._reads.drop_queue()
-            self.cache.forget(self._segments)
-            self._parts.forget()
-            self._turns.forget()
-            self._ready.notify_all()
-            while self._reads.pending():
+            while True:
+                self._reads.drop_queue()
+                self.cache.forget(self._segments)  # what other threads have begun meanwhile as well
+                self._parts.forget()
+                self._turns.forget()
+                self._ready.notify_all()
+                if not self._reads.pending():
+                    break
                 self._reads.wait(self._ready)  # into memory of which there is to be no more than the budget
             self.cache.arena.reset()
             # What was counted since may be too much; no block was ever beyond the limit.

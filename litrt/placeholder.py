@@ -21,7 +21,7 @@ import torch
 from litrt.borrow import Stored, call, call_directly, refuse_write, was_swapped
 from litrt.compiled import uncompiled
 from litrt.device import contiguous_strides
-from litrt.errors import LitrtError
+from litrt.errors import BudgetError, LitrtError
 from litrt.gradients import asked_for, is_transformed, refused
 from litrt.operators import (
     ADDRESSES,
@@ -206,7 +206,14 @@ def _intercept(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
     if rows is not NotImplemented:
         return rows
     _check_writes(func, args, kwargs)
-    return call(func, args, kwargs)
+    try:
+        return call(func, args, kwargs)
+    except BudgetError:
+        # All of a table was to be used, and another thread may have changed the budget since.
+        rows = _part_of(func, args, kwargs)
+        if rows is NotImplemented:
+            raise
+        return rows
 
 
 @lru_cache(maxsize=1024)

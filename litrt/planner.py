@@ -10,6 +10,7 @@ Called between passes, by one thread at a time.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -110,9 +111,14 @@ class Planner:
         try:
             self._pipeline.stop()
         finally:
-            self._residents.evict_all()
-            self._pipeline.forget_residents()
-            self._loader.follow(None)
+            with contextlib.ExitStack() as stack:
+                try:
+                    if not self._device.is_host:
+                        stack.enter_context(self._pipeline.alone())  # there is to be another host tier
+                finally:
+                    self._residents.evict_all()
+                    self._pipeline.forget_residents()
+                    self._loader.follow(None)
 
     def mend(self) -> None:
         """Puts right what an exception has broken off: then all is loaded on demand, and the next pass is recorded."""

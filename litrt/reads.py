@@ -48,7 +48,7 @@ class ReadThreads(Generic[T]):
     Args:
         loader: Loads pieces; closed by `close`.
         lock: Guards the queue, and is held when `done` is called.
-        n_threads: Threads that load; `resize` changes it.
+        n_threads: Threads that load, once there is something to load; `resize` changes it.
         done: Told of every piece that was loaded, with the error if it could not be.
         timeout_s: Seconds that `wait` and `close` wait for a load, more where loads are slow; None for any time.
     """
@@ -74,21 +74,23 @@ class ReadThreads(Generic[T]):
         self._busy_s = 0.0
         self._small_s: deque[float] = deque(maxlen=_N_SMALL)
         self._closed = False
-        self.n_threads = 0
-        self._threads: list[threading.Thread] = []
-        self.resize(n_threads)
+        self.n_threads = n_threads
+        self._threads: dict[int, threading.Thread] = {}  # by number, from the first load on
 
     def resize(self, n_threads: int) -> None:
         """Makes it so many threads: those that are too many end as soon as they have nothing to load."""
         with self._lock:
             self.n_threads = n_threads
-            running = {thread.name for thread in self._threads}
-            for number in range(n_threads):
-                name = f"litrt-read-{number}"
-                if name not in running:
-                    self._threads.append(threading.Thread(target=self._run, args=(number,), name=name, daemon=True))
-                    self._threads[-1].start()
             self._work.notify_all()
+
+    def _start(self) -> None:
+        """Starts the threads that do not run yet."""
+        for number in range(self.n_threads):
+            if number not in self._threads:
+                name = f"litrt-read-{number}"
+                thread = threading.Thread(target=self._run, args=(number,), name=name, daemon=True)
+                thread.start()
+                self._threads[number] = thread
 
     def queue(
         self, priority: int, token: T, pieces: Sequence[Any], memory: Memory, waits: Sequence[Event] = ()
@@ -100,9 +102,14 @@ class ReadThreads(Generic[T]):
         for piece in pieces:
             self._n_queued += 1
             heapq.heappush(self._queue, (priority, self._n_queued, token, piece, memory, waits))
+        self._start()
         self._work.notify(len(pieces))
 
     def _run(self, number: int) -> None:
+        me = threading.current_thread()
+        with self._lock:
+            if self._threads.setdefault(number, me) is not me:
+                return  # an interrupt came when it was started, and another one was in its place
         while True:
             with self._lock:
                 while not self._queue and not self._closed and number < self.n_threads:
@@ -110,7 +117,7 @@ class ReadThreads(Generic[T]):
                 if self._closed:
                     return
                 if number >= self.n_threads:
-                    self._threads.remove(threading.current_thread())  # it may be wanted again before it has ended
+                    del self._threads[number]  # it may be wanted again before it has ended
                     return
                 _, _, token, piece, memory, waits = heapq.heappop(self._queue)
                 began_s = time.perf_counter()
@@ -165,7 +172,7 @@ class ReadThreads(Generic[T]):
     @property
     def is_one_of_them(self) -> bool:
         """Whether the caller is one of these threads."""
-        return threading.current_thread() in self._threads
+        return threading.current_thread() in self._threads.values()
 
     @property
     def _bytes_under_way(self) -> int:
@@ -189,7 +196,8 @@ class ReadThreads(Generic[T]):
         began_s = time.monotonic()
         is_notified = changed.wait(LOOK_S if timeout_s is None else min(timeout_s, LOOK_S))
         if self._queue and len(self._under_way) < self.n_threads:
-            self._work.notify_all()  # an interrupt may have come before it, in `queue`
+            self._start()  # an interrupt may have come before it, in `queue`
+            self._work.notify_all()
         waiting = self._waiting
         if self._patience is None or load is None or load not in self._under_way.values():
             waiting.load = None
@@ -218,6 +226,6 @@ class ReadThreads(Generic[T]):
             self._join(time.monotonic() + LOOK_S)  # the loader may have given up what was under way
 
     def _join(self, until_s: float | None) -> None:
-        for thread in self._threads:
+        for thread in list(self._threads.values()):
             if thread is not threading.current_thread():
                 thread.join(None if until_s is None else max(until_s - time.monotonic(), 0.0))

@@ -13,12 +13,16 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
 from types import FrameType
 
 from litrt.cache import Entry
 from litrt.errors import LitrtError
+
+_MOMENT_S = 0.05
+"""How long to make way for those that want to be alone."""
 
 _AT_WORK = frozenset(
     f"litrt.{name}" for name in ("borrow", "frames", "pipeline", "planner", "reads", "residents", "rowops", "rows")
@@ -118,6 +122,8 @@ class Turns:
         self._n_wanted = 0  # pins of the owner, for what it makes room for
         self._n_waiting = 0
         self._n_let_go = 0  # operators that are done
+        self._alone: set[int] = set()  # threads that are alone, or wait for that
+        self._elsewhere: set[int] = set()  # threads that are at an operator for which nothing is pinned
         self._waited_for: dict[int, int] = {}  # by thread: how many of them there were when it last waited
 
     def pin(self, entries: Sequence[Entry]) -> None:
@@ -188,7 +194,7 @@ class Turns:
     def _left(self) -> set[int]:
         """Returns the threads that have left something here, and are at no operator: the caller is at none."""
         owner = () if self._owner is None else (self._owner,)
-        return idle({*self._pinned, *self._stuck, *owner})
+        return idle({*self._pinned, *self._stuck, *self._alone, *self._elsewhere, *owner})
 
     def is_sound(self, n_pins: int) -> bool:
         """Says whether threads that are at an operator have pinned all of `n_pins`, and others nothing."""
@@ -201,6 +207,8 @@ class Turns:
         for thread in self._left():
             self._unpin_all(thread)
             self._stuck.discard(thread)
+            self._alone.discard(thread)
+            self._elsewhere.discard(thread)
             if self._owner == thread:
                 self._owner, self._n_wanted = None, 0
         self._n_waiting = len(self._stuck)
@@ -234,10 +242,41 @@ class Turns:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Makes it the caller's turn when no other thread is at work."""
-        with self.mine():
-            while self.are_others_at_work:
-                self.wait_for_others()
-            yield
+        thread = threading.get_ident()
+        is_outer = thread not in self._alone
+        self._alone.add(thread)
+        try:
+            with self.mine():
+                while self.are_others_at_work or self._elsewhere - {thread}:
+                    self.wait_for_others()
+                yield
+        finally:
+            if is_outer:
+                self._alone.discard(thread)
+                self._wake()
+
+    def enter_elsewhere(self) -> None:
+        """Says that the caller is at an operator for which nothing is pinned: who wants to be alone waits for it."""
+        self._elsewhere.add(threading.get_ident())
+
+    def leave_elsewhere(self) -> None:
+        """Says that it is done with that."""
+        self._elsewhere.discard(threading.get_ident())
+        self._wake()
+
+    def make_way(self) -> None:
+        """Waits for those that want to be alone, if the caller has pinned nothing: it may be at work again and again.
+
+        They may wait for what only the caller will do, so that it is for a moment.
+        """
+        until_s = None
+        thread = threading.get_ident()
+        while self._alone and not self._alone <= {thread} and thread not in self._pinned:
+            if until_s is None:
+                until_s = time.monotonic() + _MOMENT_S
+            elif time.monotonic() > until_s:
+                return
+            self._wait(_MOMENT_S)
 
     def wait_for_others(self, entries: Sequence[Entry] = (), *, timeout_s: float | None = None) -> None:
         """Lets others have the turn until one has let go of something; pinned `entries` may be gone by then."""

@@ -683,3 +683,54 @@ def test_the_fake_itself_notices_host_memory_that_was_overwritten_too_soon() -> 
     source[0] = 1
     with pytest.raises(OrderError, match="overwritten before its copy"):
         device.synchronize()
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8192, WIDTH)
+        self.rnn = nn.LSTM(WIDTH, WIDTH)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.rnn(self.embed(tokens))[0]
+        return result
+
+
+@pytest.mark.parametrize("timing", ["early", "late", "random"])
+def test_rows_are_gathered_where_copies_that_are_done_have_their_room(timing: Any, make_store: MakeStore) -> None:
+    """What an operator used is in host memory until the next copy, and rows are needed before that."""
+    plain = plain_model(Recurrent)
+    tokens = torch.arange(10).view(5, 2) * 800
+    with (
+        litrt.Runtime(
+            seeded(Recurrent), make_store(plain), budget="min", device=FakeDevice(timing), host_budget=0
+        ) as rt,
+        torch.no_grad(),
+    ):
+        rt.warmup(tokens)
+        for _ in range(2):
+            assert torch.equal(rt(tokens), plain(tokens))
+
+
+def test_what_was_written_to_and_cannot_be_read_again_gives_its_room_on_behind_the_write(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = FakeDevice("late")
+    acquire, restore = litrt.link.Link._acquire, Pipeline.restore
+
+    def failing(*_: Any) -> Any:
+        raise litrt.CorruptWeightError("it is gone", name="", file="")
+
+    def restore_in_vain(pipeline: Pipeline, binding: Any) -> None:
+        monkeypatch.setattr(litrt.link.Link, "_acquire", failing)
+        restore(pipeline, binding)
+        monkeypatch.setattr(litrt.link.Link, "_acquire", acquire)
+
+    with litrt.Runtime(Chain, path, budget="min", device=device, host_budget=0) as rt:
+        rt.warmup(sample())
+        monkeypatch.setattr(Pipeline, "restore", restore_in_vain)
+        with device.watching(), torch.no_grad():
+            with pytest.raises(litrt.WeightWriteError):
+                torch.nn.functional.embedding_bag(torch.tensor([[1, 2]]), rt.module.layers[1].weight, max_norm=0.01)
+            for layer in rt.module.layers[2:]:
+                layer(sample())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import nn
 import litrt
 from litrt.device import Bytes
 from litrt.reader import Piece, Reader
+from litrt.testing import FakeDevice
 
 __all__ = ["gate", "slow_machine"]  # fixtures
 
@@ -72,9 +75,11 @@ def run_passes(rt: litrt.Runtime, x: torch.Tensor, n: int) -> None:
         rt(x)
 
 
-def chunk_file(path: Path, name: str) -> Path:
-    (found,) = (file for file in (path / name / "c").rglob("*") if file.is_file())
-    return found
+def chunk_file(path: Path, name: str, *, last: bool = False) -> Path:
+    """Returns the file of the only chunk of a weight, or of its last one."""
+    found = sorted(file for file in (path / name / "c").rglob("*") if file.is_file())
+    assert last or len(found) == 1
+    return found[-1]
 
 
 def streamed_name(rt: litrt.Runtime, position: int) -> str:
@@ -308,6 +313,13 @@ class Reads:
         raise litrt.CorruptWeightError("it fails", name=self.name, file="")
 
 
+class Counts(Reads):
+    """Counts them."""
+
+    def read(self, number: int) -> None:
+        pass
+
+
 class FailsAtFirst(Reads):
     """One piece of it fails, and another one takes longer."""
 
@@ -333,10 +345,37 @@ def test_a_weight_of_which_a_piece_has_failed_is_not_served_when_the_others_are_
         # Whoever waits for it looks around meanwhile.
         timer = threading.Timer(0.2, reads.go_on.set)
         timer.start()
-        with pytest.raises(litrt.CorruptWeightError, match="it fails"):
+        fails: AbstractContextManager[object] = pytest.raises(litrt.CorruptWeightError, match="it fails")
+        if policy == "belady":
+            fails = contextlib.suppress(litrt.CorruptWeightError)  # a pass that begins after it reads it again
+        with fails:
             run_passes(rt, vector(32), 2)
         timer.join()
+        assert reads.n >= 2
         for _ in range(3):
+            assert torch.equal(rt(vector(32)), expected(32))
+
+
+def test_a_weight_that_cannot_be_read_is_not_read_for_every_copy_of_it(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litrt.arrays.TARGET_CHUNK_BYTES", 1024)
+    monkeypatch.setattr("litrt.link.COPY_BYTES", 256)
+    path = make_store(Layers())
+    with litrt.Runtime(Layers, path, budget="min", device=FakeDevice(), host_budget=0) as rt:
+        run_passes(rt, vector(32), 3)
+        assert rt.host_plan is not None
+        name = rt.host_plan.segments[rt.host_plan.loads[2].segment].name
+        file = chunk_file(path, name, last=True)
+        whole = file.read_bytes()
+        damage(file)
+        reads = Counts(monkeypatch)
+        reads.name = name
+        with pytest.raises(litrt.CorruptWeightError, match=f"weight '{name}'.*damaged"):
+            run_passes(rt, vector(32), 2)
+        assert reads.n <= 3 * 4  # it has 4 chunks and 16 copies, and may be read ahead for the next pass
+        file.write_bytes(whole)
+        for _ in range(2):
             assert torch.equal(rt(vector(32)), expected(32))
 
 
@@ -685,7 +724,7 @@ def test_a_runtime_that_is_dropped_without_close_ends_its_threads(
         rt.warmup(vector(32))
         rt(vector(32))
     mine = read_threads() - others
-    assert len(mine) == 3
+    assert len(mine) == (3 if warm else 0)
     del rt
     gc.collect()
     assert not any(thread.is_alive() for thread in mine)

@@ -19,6 +19,7 @@ import litrt
 from litrt.cache import Cache, Entry, State
 from litrt.pipeline import Pipeline
 from litrt.planner import Planner
+from litrt.testing import FakeDevice
 
 N_MOMENTS = 40
 """Moments at which each thing is interrupted, and for every other one what mends it as well."""
@@ -26,8 +27,8 @@ N_MOMENTS = 40
 N_MOMENTS_OF_MENDING = 150
 """Among how many the moment for that is drawn; where nothing has to be undone there are fewer."""
 
-_WITHOUT_STATE = {f"litrt.{name}" for name in ("layout", "residency", "schedule", "trace")}
-"""Modules that only compute, in which nearly all moments would be."""
+_NOT_IN = {f"litrt.{name}" for name in ("layout", "residency", "schedule", "testing", "trace")}
+"""Modules that only compute, in which nearly all moments would be, and the double of a device."""
 
 LIMIT_S = 20.0
 WIDTH = 128
@@ -62,7 +63,7 @@ class Interrupts:
 
     def _look(self, frame: FrameType, event: str, _: Any) -> None:
         name = frame.f_globals.get("__name__", "")
-        if event in ("call", "c_return") and name.startswith("litrt.") and name not in _WITHOUT_STATE:
+        if event in ("call", "c_return") and name.startswith("litrt.") and name not in _NOT_IN:
             self.n_moments += 1
             if self.n_moments == self._at:
                 sys.setprofile(None)
@@ -114,10 +115,12 @@ def in_a_thread(function: Callable[[], object]) -> object:
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # a generator that is closed has moments too
-@pytest.mark.parametrize("budget", ["min", "40%", "60%"])
+@pytest.mark.parametrize(
+    ("budget", "device"), [("min", "cpu"), ("40%", "cpu"), ("60%", "cpu"), ("min", "fake"), ("40%", "fake")]
+)
 @pytest.mark.parametrize("what", ["pass", "set_budget", "warmup", "use"])
 def test_what_was_interrupted_anywhere_is_right_the_next_time(
-    store: Path, what: str, budget: str, monkeypatch: pytest.MonkeyPatch
+    store: Path, what: str, budget: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = torch.randint(0, 1024, (2, 5), generator=torch.Generator().manual_seed(1))
 
@@ -130,7 +133,8 @@ def test_what_was_interrupted_anywhere_is_right_the_next_time(
     with torch.no_grad():
         plain = Model().eval()
         expected, expected_of_use = plain(tokens), use(plain)
-    with litrt.Runtime(Model, store, budget=budget) as rt:
+    options: dict[str, Any] = {"device": FakeDevice(), "host_budget": 0} if device == "fake" else {}
+    with litrt.Runtime(Model, store, budget=budget, **options) as rt:
         others = ["70%", budget]
 
         def change() -> None:
@@ -144,7 +148,7 @@ def test_what_was_interrupted_anywhere_is_right_the_next_time(
             "use": lambda: use(rt.module),
         }
         rt.warmup(tokens)
-        rng = random.Random(f"{what} {budget}")
+        rng = random.Random(f"{what} {budget} {device}")
         interrupts, second = Interrupts(), Interrupts()
         n_moments = interrupts.count(doing[what])
         mend = Planner.mend

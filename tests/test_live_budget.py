@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import litrt
+from litrt.pipeline import Pipeline
 from litrt.reads import ReadThreads
 from litrt.shared import Need, divide
 from litrt.testing import FakeDevice
@@ -245,6 +247,53 @@ def test_a_budget_changes_while_others_compute(path: Path, plain: nn.Module) -> 
         check(rt, plain)
 
 
+def test_rows_are_gathered_where_the_budget_has_changed_since_all_of_a_table_was_to_be_used(
+    path: Path, plain: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gather = Pipeline.gather
+    with litrt.Runtime(Net, path, budget="30%") as rt, torch.no_grad():
+        rt.warmup(IDS)
+
+        def all_of_it(*_: Any) -> None:
+            monkeypatch.setattr(Pipeline, "gather", gather)
+
+        monkeypatch.setattr(Pipeline, "gather", all_of_it)
+        assert torch.equal(rt.module.embed(IDS), plain.get_submodule("embed")(IDS))
+        with pytest.raises(litrt.BudgetError):
+            _ = rt.module.embed.weight + 1
+
+
+def test_a_budget_changes_while_others_gather_rows_for_a_device(path: Path, plain: nn.Module) -> None:
+    with torch.no_grad():
+        expected = plain(IDS), plain.get_submodule("embed")(IDS)
+    wrong: list[BaseException | str] = []
+    stop = threading.Event()
+
+    def work(rt: litrt.Runtime) -> None:
+        try:
+            while not stop.is_set():
+                with torch.no_grad():
+                    if not torch.equal(rt.module.embed(IDS), expected[1]):
+                        wrong.append("wrong rows")
+                time.sleep(0.02)  # or the two could leave no room between them
+        except BaseException as error:
+            wrong.append(error)
+
+    with litrt.Runtime(Net, path, budget="min", device=FakeDevice("random"), host_budget=0) as rt:
+        rt.warmup(IDS)
+        least = rt.stats().budget_bytes
+        threads = [threading.Thread(target=work, args=(rt,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for number in range(20):
+            rt.set_budget(least + number % 3 * 20_000)
+            assert torch.equal(rt(IDS), expected[0])
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+
 def test_a_thread_that_reads_and_was_one_too_many_is_replaced(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended, may_end = threading.Semaphore(0), threading.Event()
     run = ReadThreads._run
@@ -257,10 +306,12 @@ def test_a_thread_that_reads_and_was_one_too_many_is_replaced(path: Path, monkey
     monkeypatch.setattr(ReadThreads, "_run", run_and_end_late)
     before = read_threads()
     with litrt.Runtime(Net, path, budget="50%", n_threads=3) as rt:
+        rt(IDS)
         rt._pipeline._reads.resize(1)
         assert all(ended.acquire(timeout=30) for _ in range(2))
         rt._pipeline._reads.resize(3)  # the two read no more, and have not ended
-        assert len(read_threads() - before) == 5
+        while len(read_threads() - before) < 5:
+            rt(IDS)
         may_end.set()
 
 

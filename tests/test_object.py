@@ -641,5 +641,7 @@ def _store(module: nn.Module, path: Path) -> Path:
 
 
 def test_vmap_with_gradients_says_what_to_do(half: litrt.Runtime) -> None:
+    streamed = (block for block in half.module.blocks if any(isinstance(w, Placeholder) for w in block.parameters()))
+    block = next(streamed)
     with pytest.raises(litrt.LitrtError, match=r"gradients.*under torch\.no_grad"):
-        torch.vmap(half.module.blocks[1])(X.clone().requires_grad_())
+        torch.vmap(block)(X.clone().requires_grad_())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +134,48 @@ def test_a_weight_that_could_not_make_room_before_does_once_it_can(plain: nn.Mod
         assert torch.equal(rt.module.wide(X), plain.wide(X))
         assert not held
         assert torch.equal(rt(X), plain(X))
+
+
+class Encoder(nn.TransformerEncoderLayer):
+    """Has its weights while it reads rows of a table that is not its own."""
+
+    before: Callable[[], object] = staticmethod(lambda: None)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.before()
+        return super().forward(x + self.__dict__["outer"][0].places(torch.arange(x.shape[1])), *args, **kwargs)
+
+
+class Places(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8192, WIDTH)
+        self.encoder = Encoder(WIDTH, 2, 2 * WIDTH, batch_first=True)
+        self.places = nn.Embedding(8192, WIDTH)
+        self.encoder.__dict__["outer"] = [self]
+
+
+@torch.no_grad()
+def test_rows_are_gathered_by_who_has_weights_that_another_one_waits_for_that_gathers(make_store: MakeStore) -> None:
+    with seeded():
+        plain = Places().eval()
+    x, ids = torch.ones(1, 5, WIDTH), torch.arange(5)[None]
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        inside.set()
+        assert go_on.wait(LIMIT_S)
+
+    with litrt.Runtime(Places, make_store(plain), budget="min") as rt, ThreadPoolExecutor(2) as pool:
+        rt.module.encoder.before = wait
+        first = pool.submit(torch.no_grad()(rt.module.encoder), x)
+        assert inside.wait(LIMIT_S)
+        second = pool.submit(torch.no_grad()(rt.module.table), ids)
+        with contextlib.suppress(TimeoutError):
+            second.result(timeout=0.3)
+        go_on.set()
+        assert torch.equal(first.result(LIMIT_S), plain.encoder(x))
+        assert torch.equal(second.result(LIMIT_S), plain.table(ids))
 
 
 HOLDERS: dict[str, Callable[[torch.Tensor], object]] = {

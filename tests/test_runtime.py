@@ -140,10 +140,11 @@ def test_a_store_is_a_path_or_an_open_store(path: Path, plain: nn.Module) -> Non
 def test_as_many_threads_read_as_were_asked_for(n_threads: int, path: Path, plain: nn.Module) -> None:
     others = read_threads()
     with litrt.Runtime(Net, path, budget="50%", n_threads=n_threads) as rt:
+        assert read_threads() == others, "nothing is to be read yet"
+        rt.warmup(sample())
         mine = read_threads() - others
         assert len(mine) == n_threads
         assert all(thread.daemon for thread in mine)
-        rt.warmup(sample())
         assert torch.equal(rt(sample()), plain(sample()))
         assert read_threads() - others == mine
 

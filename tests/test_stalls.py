@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import threading
@@ -11,13 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import MakeStore, read_threads
-from test_faults import Layers, chunk_file, constructor, expected, run_passes, streamed_name, vector
+from test_faults import N_LAYERS, Layers, chunk_file, constructor, expected, run_passes, streamed_name, vector
 
 import litrt
 import litrt.patience
+from litrt.bindings import Binding
 from litrt.patience import LOOK_S, READ_TIMEOUT_S, Patience
+from litrt.pipeline import Pipeline
 from litrt.testing import FakeDevice
+from litrt.turns import Turns
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -26,34 +31,44 @@ TIMEOUT_S = 0.15
 
 
 class Disk:
-    """Lets reads of files hang whose path has `stuck` in it, until it is freed."""
+    """Lets reads of weights hang until these are freed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._changed = threading.Condition()
-        self._stuck = ""
+        self._stuck: set[str] = set()
         self.n_hanging = 0
         preadv = os.preadv
 
         def hanging(fd: int, buffers: Any, offset: int, *flags: int) -> int:
             with self._changed:
-                if self._stuck and self._stuck in os.readlink(f"/proc/self/fd/{fd}"):
+                name = os.readlink(f"/proc/self/fd/{fd}").rpartition("/c/")[0].rpartition("/")[2]
+                if name in self._stuck:
                     self.n_hanging += 1
-                    assert self._changed.wait_for(lambda: not self._stuck, LIMIT_S), "the disk was left hanging"
+                    self._changed.notify_all()
+                    is_free = self._changed.wait_for(lambda: name not in self._stuck, LIMIT_S)
                     self.n_hanging -= 1
                     self._changed.notify_all()
+                    assert is_free, "the disk was left hanging"
             return preadv(fd, buffers, offset, *flags)
 
         monkeypatch.setattr(os, "preadv", hanging)
 
     def hang(self, name: str) -> None:
         with self._changed:
-            self._stuck = f"/{name}/"
+            self._stuck.add(name)
 
-    def free(self) -> None:
+    def wait(self, n_hanging: int) -> None:
+        """Waits until so many reads hang."""
         with self._changed:
-            self._stuck = ""
+            assert self._changed.wait_for(lambda: self.n_hanging == n_hanging, LIMIT_S)
+
+    def free(self, *names: str) -> None:
+        """Lets all go on, or those of some weights."""
+        with self._changed:
+            self._stuck = self._stuck - {*names} if names else set()
             self._changed.notify_all()
-            assert self._changed.wait_for(lambda: not self.n_hanging, LIMIT_S)
+            if not self._stuck:
+                assert self._changed.wait_for(lambda: not self.n_hanging, LIMIT_S)
 
 
 @pytest.fixture
@@ -263,3 +278,119 @@ def test_a_file_that_is_waited_for_without_end(disk: Disk, make_store: MakeStore
         for _ in range(2):
             assert torch.equal(rt(vector(32)), expected(32))
         timer.join()
+
+
+def test_host_memory_is_taken_once_however_often_plans_change_while_the_disk_hangs(
+    disk: Disk, make_store: MakeStore
+) -> None:
+    path = make_store(Layers())
+    device = FakeDevice()
+    with litrt.Runtime(
+        Layers, path, budget="min", device=device, host_budget=0, n_threads=2, read_timeout_s=TIMEOUT_S
+    ) as rt:
+        run_passes(rt, vector(32), 2)
+        assert rt.host_plan is not None
+        others = read_threads()
+        disk.hang(rt.host_plan.segments[rt.host_plan.loads[1].segment].name)
+        with pytest.raises(litrt.StalledReadError):
+            run_passes(rt, vector(32), 2)
+        for budget in ("50%", "min", "60%", "min"):
+            with contextlib.suppress(litrt.StalledReadError):
+                rt.set_budget(budget)
+            assert len(read_threads()) <= len(others), "those before have ended, and their memory is given back"
+        disk.free()
+        for _ in range(3):
+            assert torch.equal(rt(vector(32)), expected(32))
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_who_uses_a_weight_while_all_is_undone_has_the_weight_or_an_error(
+    number: int, disk: Disk, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass is interrupted in one thread, and undone once a read has ended that another one waits for."""
+    unpin = Turns.unpin
+    n_interrupts = 0
+
+    def interrupted(turns: Turns, entries: Any) -> None:
+        nonlocal n_interrupts
+        if entries and threading.current_thread().name == "interrupted" and not n_interrupts:
+            n_interrupts += 1
+            raise KeyboardInterrupt
+        unpin(turns, entries)
+
+    monkeypatch.setattr(Turns, "unpin", interrupted)
+    plain = Layers()
+    with litrt.Runtime(Layers, make_store(plain), budget="60%", policy="lru", n_threads=4) as rt:
+        run_passes(rt, vector(32), 2)
+        rt._pipeline.let_go()
+        first, second = [n for n in range(N_LAYERS) if rt._pipeline.memory(n) is None][-2:]
+        errors: list[BaseException] = []
+        values: list[tuple[int, torch.Tensor]] = []
+
+        def use(at: int) -> None:
+            try:
+                values.append((at, rt.module.weights[at].clone()))
+            except litrt.LitrtError as error:
+                errors.append(error)
+
+        def run() -> None:
+            with pytest.raises(KeyboardInterrupt):
+                rt(vector(32))
+
+        disk.hang(f"weights.{first}")
+        disk.hang(f"weights.{second}")
+        threads = [threading.Thread(target=use, args=(first,)), threading.Thread(target=run, name="interrupted")]
+        threads[0].start()
+        disk.wait(1)
+        threads[1].start()
+        while not rt._pipeline._is_undone:
+            time.sleep(0.001)
+        threads.append(threading.Thread(target=use, args=(second,)))
+        threads[2].start()
+        disk.wait(2)
+        disk.free(f"weights.{first}")
+        time.sleep(0.01 * number)
+        disk.free()
+        for thread in threads:
+            thread.join(LIMIT_S)
+            assert not thread.is_alive()
+        assert len(values) + len(errors) == 2
+        assert all("was given up" in str(error) for error in errors)
+        for at, value in values:
+            assert torch.equal(value, plain.weights[at])
+        assert rt._pipeline.cache.is_sound()
+        assert torch.equal(rt(vector(32)), expected(32))
+
+
+def test_what_two_threads_have_written_to_is_read_again_by_one_after_the_other(
+    disk: Disk, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+    restore = Pipeline.restore
+
+    def restore_at_once(pipeline: Pipeline, binding: Binding) -> None:
+        both.wait(LIMIT_S)
+        disk.hang("weights.0")
+        restore(pipeline, binding)
+
+    monkeypatch.setattr(Pipeline, "restore", restore_at_once)
+    plain = Layers()
+    with litrt.Runtime(Layers, make_store(plain), budget=plain.weights[0].nbytes, n_threads=4) as rt:
+        rt.module.weights[0].clone()
+
+        def write() -> None:
+            with pytest.raises(litrt.WeightWriteError):
+                F.embedding_bag(torch.tensor([[1, 2, 3]]), rt.module.weights[0], max_norm=0.01)
+
+        threads = [threading.Thread(target=write) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        disk.wait(1)
+        time.sleep(0.1)
+        assert disk.n_hanging == 1
+        disk.free()
+        for thread in threads:
+            thread.join(LIMIT_S)
+            assert not thread.is_alive()
+        for number in (1, 0, 2):
+            assert torch.equal(rt.module.weights[number].clone(), plain.weights[number])

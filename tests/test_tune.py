@@ -254,9 +254,9 @@ def test_a_runtime_reads_as_was_chosen_inside_its_budget(tmp_path: Path, monkeyp
     scratch_bytes = Reader(store).scratch_bytes_per_task
     for n_threads, expected in ((None, 3), (1, 1)):
         with litrt.Runtime(Model, store, budget=40 * MB, n_threads=n_threads) as rt, torch.no_grad():
+            rt.warmup(x)
             names = [thread.name for thread in threading.enumerate() if thread.name.startswith("litrt-read")]
             assert len(names) == expected
-            rt.warmup(x)
             assert torch.equal(rt(x), plain(x))
             assert rt.stats().peak_bytes <= 40 * MB
             assert rt.plan.budget_bytes == 40 * MB - expected * scratch_bytes
