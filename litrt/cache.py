@@ -29,7 +29,7 @@ from litrt.errors import BudgetError, LitrtError
 from litrt.layout import align_up
 from litrt.tensors import TensorInfo
 from litrt.trace import Segment
-from litrt.units import format_bytes
+from litrt.units import format_bytes, format_names
 
 _LOOK_S = 0.002
 """How often to look whether the cycle collector is free, where another thread is at it."""
@@ -502,8 +502,7 @@ class Cache:
         beside = f" beside {format_bytes(held_bytes)} in use" if held_bytes else ""
         kept = [entry.segment.name for entry in self._owners.values() if entry.state is State.HELD]
         if kept:
-            more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
-            beside += f", as somebody keeps tensors over {kept[0]!r}{more}"
+            beside += f", as somebody keeps tensors over {format_names(kept)}"
         raise BudgetError(
             f"budget {format_bytes(budget_bytes)} cannot hold {segment.name!r} ({format_bytes(segment.nbytes)})"
             f"{beside}; "

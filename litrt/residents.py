@@ -22,6 +22,7 @@ from litrt.crc import extend_crc
 from litrt.errors import LitrtError, WeightWriteError
 from litrt.pipeline import Pipeline
 from litrt.placeholder import Placeholder
+from litrt.units import format_names
 
 _version: Callable[[torch.Tensor], int] = torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
 _address: Callable[[torch.Tensor], int] = torch._C.TensorBase.data_ptr
@@ -221,10 +222,10 @@ class Residents:
 
     def _refuse(self, written: list[int]) -> None:
         names = [self._pipeline.cache.entries[index].segment.name for index in written]
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise WeightWriteError(
-            f"somebody has written to {names[0]!r}{more}: litrt serves weights read-only, and what was written is gone."
-            " Change the checkpoint and convert it again; or rt.detach() gives a plain module, which can be changed.",
+            f"somebody has written to {format_names(names)}: litrt serves weights read-only, and what was written is "
+            "gone. Change the checkpoint and convert it again; or rt.detach() gives a plain module, which can be "
+            "changed.",
             name=names[0],
         )
 

@@ -1,8 +1,12 @@
-"""Byte counts as people write them: `"6GB"` is 6e9, `"6GiB"` is 6 * 2**30, `"40%"` is a share of the model."""
+"""Byte counts as people write them: `"6GB"` is 6e9, `"6GiB"` is 6 * 2**30, `"40%"` is a share of the model.
+
+And what messages say: byte counts and names.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 
 from litrt.errors import BudgetError
@@ -71,6 +75,16 @@ def format_bytes(n_bytes: float) -> str:
     if n_bytes >= 10**3:
         return f"{n_bytes / 10**3:.2f} kB"
     return f"{n_bytes:.0f} bytes"
+
+
+def format_names(names: Sequence[str]) -> str:
+    """Returns the first of some names, and how many more there are.
+
+    >>> format_names(["a", "b", "c"])
+    "'a' and 2 more"
+    """
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]!r}{more}"
 
 
 def _unreadable(value: object) -> BudgetError:

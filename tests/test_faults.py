@@ -273,7 +273,7 @@ def test_any_error_of_a_read_reaches_the_caller_as_it_is(
 
 
 class Reads:
-    """Reads of one weight, which fail or wait where a test says so.
+    """Reads of one weight, which are counted, and fail or wait where a test says so.
 
     Attributes:
         name: The weight; of none, if it is empty.
@@ -300,8 +300,7 @@ class Reads:
         self._read_part(reader, piece, part)
 
     def read(self, number: int) -> None:
-        """Called before each of them, with its number from 1 on."""
-        raise NotImplementedError
+        """Called before each of them, with its number from 1 on: does nothing."""
 
     def wait(self) -> None:
         """Waits until it is to go on."""
@@ -311,13 +310,6 @@ class Reads:
     def fail(self) -> None:
         """Fails."""
         raise litrt.CorruptWeightError("it fails", name=self.name, file="")
-
-
-class Counts(Reads):
-    """Counts them."""
-
-    def read(self, number: int) -> None:
-        pass
 
 
 class FailsAtFirst(Reads):
@@ -369,7 +361,7 @@ def test_a_weight_that_cannot_be_read_is_not_read_for_every_copy_of_it(
         file = chunk_file(path, name, last=True)
         whole = file.read_bytes()
         damage(file)
-        reads = Counts(monkeypatch)
+        reads = Reads(monkeypatch)
         reads.name = name
         with pytest.raises(litrt.CorruptWeightError, match=f"weight '{name}'.*damaged"):
             run_passes(rt, vector(32), 2)
